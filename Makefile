@@ -1,0 +1,59 @@
+# Everything from a clean checkout; Python 3.11+ and make are all that is needed.
+#   make demo    index the bundled recordings and ask about them in several languages
+#   make serve   serve on 127.0.0.1:8000
+#   make test    the test suite            make check   format, lint, types, import rules
+#   make bench   side-by-side measurements make openapi, make samples: regenerate what is pinned
+# Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
+# whose default index serves CUDA builds (none is installed on a machine whose index serves CPU builds).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-slow check bench openapi train clean
+
+help:
+	@sed -n '2,5s/^# *//p' Makefile
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(CLASP_TORCH_INDEX),--index-url $(CLASP_TORCH_INDEX),) torch
+	$(PIP) --editable '.[embedded]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable '.[embedded,dev]'
+	touch $@
+
+demo: $(VENV)/base
+	$(BIN)/python samples/demo.py
+
+serve: $(VENV)/base
+	$(BIN)/clasp serve
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev
+	$(BIN)/python -m tests.bench
+
+openapi: $(VENV)/dev
+	$(BIN)/python -m tests.golden.make
+
+train: $(VENV)/dev
+	$(BIN)/clasp train training/mini.toml
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

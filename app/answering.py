@@ -1,0 +1,110 @@
+"""Answering questions: the one thread that owns the text encoder.
+
+Questions that arrive while it is busy are encoded and searched together, in one batch. Whoever asks
+awaits; a question whose asker has gone is dropped before it costs anything.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.telemetry import Metrics
+from clasp_core.errors import NotReady
+from clasp_core.library import Hit, Library, Question
+from clasp_core.models import TextEncoder
+from clasp_core.types import Seconds
+
+MAX_BATCH = 32
+MAX_WAITING = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Hits, and the seconds that the question's batch took to encode and to search."""
+
+    hits: list[Hit]
+    encode_s: Seconds
+    search_s: Seconds
+
+
+@dataclass(slots=True)
+class _Waiting:
+    query: str | NDArray[np.float32]
+    question: Question
+    answer: "Future[Answer]" = field(default_factory=Future)
+
+
+class Answerer:
+    """`ask` from any task; everything else happens on its own thread."""
+
+    def __init__(self, library: Library, encoder: TextEncoder, metrics: Metrics) -> None:
+        self._library = library
+        self._encoder = encoder
+        self._metrics = metrics
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._run, name="answerer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer what has been asked, then end."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    async def ask(self, query: str | NDArray[np.float32], question: Question) -> Answer:
+        """`query` is a normalised text, or a unit vector (dim,) that is already in the model's space.
+
+        Raises NotReady where too many questions wait.
+        """
+        waiting = _Waiting(query, question)
+        try:
+            self._waiting.put_nowait(waiting)
+        except queue.Full:
+            raise NotReady("Too many questions are waiting; ask again in a moment.") from None
+        return await asyncio.wrap_future(waiting.answer)
+
+    def _run(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch, ending = [first], False
+            while len(batch) < MAX_BATCH and not ending:
+                try:
+                    following = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    ending = True
+                else:
+                    batch.append(following)
+            if batch := [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]:
+                self._answer(batch)
+            if ending:
+                return
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        started = time.perf_counter()
+        try:
+            vectors = np.empty((len(batch), self._encoder.dim), np.float32)
+            texts = {place: waiting.query for place, waiting in enumerate(batch) if isinstance(waiting.query, str)}
+            vectors[list(texts)] = self._encoder.encode(list(texts.values()))
+            for vector, waiting in zip(vectors, batch, strict=True):
+                if not isinstance(waiting.query, str):
+                    vector[:] = waiting.query
+            encoded = time.perf_counter()
+            results = self._library.search(vectors, [waiting.question for waiting in batch])
+        except Exception as error:
+            for waiting in batch:
+                waiting.answer.set_exception(error)
+            return
+        encode_s, search_s = encoded - started, time.perf_counter() - encoded
+        self._metrics.search_batch.observe(len(batch))
+        self._metrics.search_seconds.labels("encode").observe(encode_s)
+        self._metrics.search_seconds.labels("search").observe(search_s)
+        for waiting, hits in zip(batch, results, strict=True):
+            waiting.answer.set_result(Answer(hits, encode_s, search_s))

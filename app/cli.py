@@ -1,0 +1,355 @@
+"""The command line: `clasp VERB`. Each verb loads only what it needs.
+
+Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong usage.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from app.settings import Settings
+from clasp_core.errors import ClaspError
+
+if TYPE_CHECKING:
+    from clasp_core.library import Library
+    from clasp_core.models import Model
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find what was said in recordings, in any language, without transcribing them.",
+)
+models_cli = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models and their weights.")
+cli.add_typer(models_cli, name="models")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON.")]
+Lang = Annotated[str | None, typer.Option(help="BCP 47 language tag.")]
+Collection = Annotated[str, typer.Option(help="Name of the collection.")]
+
+_SERVE_HELP = f"""Serve the HTTP API, with one ingest worker.
+
+Settings, from the environment or a .env file:
+
+{Settings.described()}
+"""
+
+
+def main() -> None:
+    """Entry point: expected errors become one line and exit status 1."""
+    try:
+        cli()
+    except ClaspError as error:
+        _fail(error.detail)
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"setting CLASP_{'_'.join(map(str, first['loc'])).upper()}: {first['msg']}")
+    except OSError as error:
+        _fail(str(error))
+
+
+def _fail(reason: str) -> None:
+    sys.stderr.write(f"clasp: {reason}\n")
+    raise SystemExit(1)
+
+
+def _open_library(settings: Settings) -> "tuple[Model, Library]":
+    from app.service import use_threads
+    from clasp_core.library import Library
+    from clasp_core.models import open_model
+
+    use_threads(settings.threads)
+    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
+    library = Library(
+        settings.data_dir, model=model.fingerprint, dim=model.dim, database_url=settings.database_url
+    )
+    return model, library
+
+
+@cli.command(help=_SERVE_HELP)
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind to.", min=0, max=65535)] = None,
+) -> None:
+    import uvicorn
+
+    from app.main import create_app
+    from app.telemetry import configure_logging
+
+    settings = Settings()
+    configure_logging(settings.log_level)
+    server = uvicorn.Config(
+        create_app(settings),
+        host=host if host is not None else settings.host,
+        port=port if port is not None else settings.port,
+        log_config=None,
+        timeout_graceful_shutdown=20,
+    )
+    uvicorn.Server(server).run()
+
+
+@cli.command(help="Run one more ingest worker on the same data directory.")
+def worker(
+    supervised: Annotated[bool, typer.Option(hidden=True)] = False,
+    owner: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    from app.telemetry import configure_logging
+    from app.workers import work
+
+    settings = Settings()
+    configure_logging(settings.log_level)
+    work(settings, owner=owner, supervised=supervised)
+
+
+@cli.command(help="Index recordings: files, or folders with everything in them. Safe to run again.")
+def index(
+    paths: Annotated[list[Path], typer.Argument(exists=True, help="Files or folders.")],
+    lang: Lang = None,
+    collection: Collection = "default",
+    as_json: AsJson = False,
+) -> None:
+    from app.indexing import index_files
+
+    settings = Settings()
+    model, library = _open_library(settings)
+    try:
+        outcome = index_files(
+            library, model, list(_files(paths)), settings=settings, lang=lang, collection=collection, quiet=as_json
+        )
+    finally:
+        library.close()
+    if as_json:
+        _print_json(outcome.as_json())
+    else:
+        for path, reason in outcome.failed:
+            sys.stderr.write(f"{path}: {reason}\n")
+        sys.stdout.write(
+            f"{outcome.indexed} indexed, {outcome.known} known already, {len(outcome.failed)} failed\n"
+        )
+    if outcome.failed and not outcome.indexed and not outcome.known:
+        _fail("no recording could be indexed")
+
+
+def _files(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(
+                file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.parts)
+            )
+        else:
+            yield path
+
+
+@cli.command(help="Find recordings by a question in any language.")
+def search(
+    text: Annotated[str, typer.Argument(help="The question.")],
+    lang: Lang = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many recordings.")] = 10,
+    collection: Annotated[str | None, typer.Option(help="Search this collection only.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.catalog import Filter
+    from clasp_core.library import Question
+
+    model, library = _open_library(Settings())
+    try:
+        vectors = model.text_encoder().encode([_normalized(text, lang)])
+        (hits,) = library.search(vectors, [Question(limit, Filter(collection=collection))])
+    finally:
+        library.close()
+    if as_json:
+        _print_json(
+            {
+                "model": {"name": model.name, "fingerprint": model.fingerprint},
+                "hits": [
+                    {
+                        "rank": hit.rank,
+                        "id": hit.recording.id,
+                        "score": hit.score,
+                        "segments": [
+                            {"start_s": s.start_s, "end_s": s.end_s, "score": s.score} for s in hit.segments
+                        ],
+                        "lang": hit.recording.lang,
+                        "collection": hit.recording.collection,
+                        "metadata": dict(hit.recording.metadata),
+                    }
+                    for hit in hits
+                ],
+            }
+        )
+        return
+    table = Table("rank", "score", "time", "recording", box=None)
+    for hit in hits:
+        best = hit.segments[0]
+        name = str(hit.recording.metadata.get("path", hit.recording.id))
+        table.add_row(str(hit.rank), f"{hit.score:.3f}", f"{_clock(best.start_s)}-{_clock(best.end_s)}", name)
+    Console().print(table if hits else "nothing is indexed here yet")
+
+
+@cli.command(help="The unit vector of a text or of a recording, as JSON.")
+def embed(
+    text: Annotated[str | None, typer.Option(help="A text.")] = None,
+    audio: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A recording.")] = None,
+    lang: Lang = None,
+    as_json: AsJson = True,
+) -> None:
+    from app.service import use_threads
+    from clasp_core.ingest import embed_recording, mean_vector
+    from clasp_core.models import open_model
+
+    if (text is None) == (audio is None):
+        raise typer.BadParameter("give either --text or --audio")
+    settings = Settings()
+    use_threads(settings.threads)
+    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
+    if audio is not None:
+        encoder = model.speech_encoder()
+        vector = mean_vector(embed_recording(encoder, audio, max_duration_s=settings.max_duration_s))
+    else:
+        vector = model.text_encoder().encode([_normalized(text or "", lang)])[0]
+    _print_json({"model": model.fingerprint, "dim": model.dim, "vector": vector.tolist()})
+
+
+@cli.command(help="Retrieval figures of a model on a manifest of recordings with transcripts.")
+def evaluate(
+    manifest: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    audio_root: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Model name or folder; default CLASP_MODEL.")] = None,
+    by: Annotated[str, typer.Option(help="Also inside each group of these fields, e.g. lang,source.")] = "",
+    split: Annotated[str | None, typer.Option(help="Only items of this split.")] = None,
+    protocol: Annotated[str, typer.Option(help="`clean`, or `paper` for the paper's own rules.")] = "clean",
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from app.service import use_threads
+    from clasp_core.evaluation import evaluate_manifest
+    from clasp_core.models import open_model
+
+    if protocol not in ("clean", "paper"):
+        raise typer.BadParameter("--protocol is clean or paper")
+    settings = Settings()
+    use_threads(settings.threads)
+    evaluated = open_model(model or settings.model, models_dir=settings.models_dir, device=settings.device)
+    report = evaluate_manifest(
+        evaluated,
+        manifest,
+        audio_root=audio_root,
+        split=split,
+        by=[field for field in by.split(",") if field],
+        protocol=protocol,
+        progress=_progress_bar("embedding", hidden=as_json),
+    )
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report)
+
+
+@cli.command(help="Train a model from a manifest, as a TOML file says.")
+def train(config: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+    import logging
+
+    from clasp_core.training import read_config
+    from clasp_core.training import train as run
+
+    logging.basicConfig(level="INFO", format="%(message)s")
+    sys.stdout.write(f"{run(read_config(config))}\n")
+
+
+@models_cli.command("list", help="Every model, its parts, and whether they are on this machine.")
+def list_models(as_json: AsJson = False) -> None:
+    from clasp_core.models import AVAILABLE, open_model
+
+    settings = Settings()
+    described = []
+    for name in AVAILABLE:
+        model = open_model(name, models_dir=settings.models_dir)
+        parts = model.parts()
+        described.append(
+            {
+                "name": name,
+                "fingerprint": model.fingerprint,
+                "dim": model.dim,
+                "available": all(part.path is not None for part in parts),
+                "parts": [
+                    {
+                        "role": part.role,
+                        "title": part.title,
+                        "licence": part.licence,
+                        "bytes": part.path.stat().st_size if part.path else None,
+                        "path": str(part.path) if part.path else None,
+                    }
+                    for part in parts
+                ],
+            }
+        )
+    if as_json:
+        _print_json({"models": described})
+        return
+    for entry in described:
+        state = "ready to use" if entry["available"] else "parts are missing"
+        table = Table("part", "what", "licence", "MB", box=None, title=f"{entry['name']}: {state}", title_justify="left")
+        for part in entry["parts"]:
+            size = f"{part['bytes'] / 1e6:.0f}" if part["bytes"] else "missing"
+            table.add_row(part["role"], part["title"], part["licence"], size)
+        Console().print(table)
+
+
+# --- inside
+
+
+def _normalized(text: str, lang: str | None) -> str:
+    from clasp_core.errors import EmptyQuery
+    from clasp_core.language import canonical_tag, normalize_text
+
+    normalized = normalize_text(text, canonical_tag(lang))
+    if not normalized:
+        raise EmptyQuery("The text is empty.")
+    return normalized
+
+
+def _progress_bar(label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - rich's own type is generic
+    from rich.progress import track
+
+    def wrap(items: Any, total: int) -> Any:  # noqa: ANN401
+        return track(items, label, total=total, console=Console(stderr=True), disable=hidden)
+
+    return wrap
+
+
+def _print_json(value: Any) -> None:  # noqa: ANN401
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    columns = ("n", "hits@1", "hits@5", "hits@10", "mrr", "mean_rank", "macro_f1")
+    for direction in ("text_to_speech", "speech_to_text"):
+        table = Table("pool", *columns, box=None, title=direction, title_justify="left")
+        pools = [("all", report["overall"])] + [
+            (f"{field}={value}", figures)
+            for field, groups in report["groups"].items()
+            for value, figures in groups.items()
+        ]
+        for name, figures in pools:
+            row = figures[direction]
+            table.add_row(name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        Console().print(table)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)}:{rest:04.1f}"
+
+
+if __name__ == "__main__":
+    main()

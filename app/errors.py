@@ -1,0 +1,124 @@
+"""What the world sees of an error: one table from error codes to statuses, one body, for every layer.
+
+Bodies are `application/problem+json` (RFC 9457) with the extensions `code` (stable, from the table
+below) and `request_id`; 422 answers add `errors`, each with a JSON pointer and a reason.
+"""
+
+import http
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from app.telemetry import request_id
+from clasp_core.errors import ClaspError
+
+_log = structlog.get_logger()
+
+STATUS_OF: dict[str, int] = {
+    # --- raised by the core; an unlisted code takes its base class's status
+    "invalid_input": 422,
+    "empty_query": 422,
+    "invalid_language": 422,
+    "invalid_field": 422,
+    "invalid_manifest": 422,
+    "invalid_audio": 422,
+    "undecodable_audio": 415,
+    "empty_audio": 422,
+    "silent_audio": 422,
+    "non_finite_audio": 422,
+    "audio_too_long": 413,
+    "recording_not_found": 404,
+    "id_conflict": 409,
+    "model_unavailable": 503,
+    "weights_mismatch": 503,
+    "data_mismatch": 503,
+    "processing_failed": 500,
+    "not_ready": 503,
+    # --- raised by this layer
+    "unauthorized": 401,
+    "malformed_request": 400,
+    "empty_upload": 422,
+    "upload_too_large": 413,
+    "upload_interrupted": 400,
+    "unsupported_media_type": 415,
+    "range_not_satisfiable": 416,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "internal_error": 500,
+}
+RETRY_AFTER_S = 2
+
+
+class HttpError(Exception):
+    """An error that only HTTP can have. `code` must stand in `STATUS_OF`."""
+
+    def __init__(self, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.headers = headers or {}
+
+
+def problem(
+    code: str,
+    detail: str,
+    *,
+    status: int | None = None,
+    headers: dict[str, str] | None = None,
+    errors: list[dict[str, str]] | None = None,
+) -> JSONResponse:
+    status = status or STATUS_OF[code]
+    body: dict[str, Any] = {
+        "type": f"urn:clasp:problem:{code}",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": request_id(),
+    }
+    if errors:
+        body["errors"] = errors
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of this application answer in the one form."""
+
+    @app.exception_handler(ClaspError)
+    async def _core(_: Request, error: ClaspError) -> JSONResponse:
+        return problem(error.code, error.detail)
+
+    @app.exception_handler(HttpError)
+    async def _ours(_: Request, error: HttpError) -> JSONResponse:
+        return problem(error.code, error.detail, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [{"pointer": _pointer(item["loc"]), "reason": item["msg"]} for item in error.errors()]
+        if any(item["type"] == "json_invalid" for item in error.errors()):
+            return problem("malformed_request", "The body is not valid JSON.", errors=errors)
+        fields = ", ".join(item["pointer"] for item in errors)
+        return problem("invalid_input", f"Not acceptable: {fields}.", errors=errors)
+
+    @app.exception_handler(HTTPException)
+    async def _starlette(_: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "upload_too_large", 416: "range_not_satisfiable"}
+        code = codes.get(error.status_code, "malformed_request" if error.status_code < 500 else "internal_error")
+        headers = dict(error.headers) if error.headers else None
+        return problem(code, str(error.detail), status=error.status_code, headers=headers)
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:
+        _log.error("unexpected error", exc_info=error)
+        return problem("internal_error", "An unexpected error occurred. This is a bug; the log has the details.")
+
+
+def _pointer(location: tuple[int | str, ...]) -> str:
+    return "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in location)

@@ -1,0 +1,309 @@
+"""Every endpoint, thin: what HTTP says is turned into calls of the library, and back."""
+
+import time
+from typing import Annotated, Any
+
+import anyio
+import orjson
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from app import schemas, uploads
+from app.errors import HttpError, problem
+from app.schemas import (
+    MAX_QUERY_CHARACTERS,
+    FilterBody,
+    ModelEcho,
+    QueryEcho,
+    RecordingBody,
+    RecordingPage,
+    SearchAnswer,
+    SearchAnswers,
+    SearchBody,
+    SearchesBody,
+    Status,
+)
+from app.service import Service
+from clasp_core.catalog import Recording
+from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
+from clasp_core.language import canonical_tag, normalize_text
+from clasp_core.library import MAX_HITS, Question, check_name
+from clasp_core.types import Seconds
+
+MAX_WAIT_S: Seconds = 60.0
+MAX_METADATA_BYTES = 32 * 1024
+
+PROBLEM: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "Any error.",
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
+    }
+}
+_FORM_FIELDS = {
+    "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
+    "lang": {"type": "string", "description": "BCP 47 tag of what is spoken."},
+    "collection": {"type": "string", "default": "default"},
+    "metadata": {"type": "string", "description": "A JSON object, kept and returned as it is."},
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _form(fields: dict[str, Any]) -> dict[str, Any]:
+    recording = {"file": {"type": "string", "format": "binary"}}
+    form = {"type": "object", "required": ["file"], "properties": recording | fields}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": form}, "audio/*": _BINARY},
+        }
+    }
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceHere = Annotated[Service, Depends(get_service)]
+api = APIRouter(responses=PROBLEM)
+operations = APIRouter()
+
+
+# --- recordings
+
+
+@api.post(
+    "/audio",
+    status_code=202,
+    response_model=RecordingBody,
+    responses={
+        200: {"description": "These bytes are in the collection already: the first record.", "model": RecordingBody},
+        201: {"description": "Searchable (only with `Prefer: wait=SECONDS`).", "model": RecordingBody},
+        202: {"description": "Safe on disk, waiting to be embedded."},
+    },
+    openapi_extra=_form(_FORM_FIELDS),
+    summary="Index a recording",
+)
+async def upload_recording(
+    request: Request,
+    service: ServiceHere,
+    id: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,  # noqa: A002
+    lang: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
+    collection: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
+    metadata: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
+    prefer: Annotated[str | None, Header(description="`wait=SECONDS` (RFC 7240), at most 60.")] = None,
+) -> Response:
+    wait_s = _preferred_wait(prefer)
+    given = {"id": id, "lang": lang, "collection": collection, "metadata": metadata}
+    library = service.library
+    async with uploads.receive(request, library.store, service.settings.max_upload_bytes) as received:
+        fields = {name: value for name, value in given.items() if value is not None} | received.fields
+        recording, created = await run_in_threadpool(
+            library.register,
+            received.upload,
+            recording_id=fields.get("id"),
+            collection=fields.get("collection", "default"),
+            lang=fields.get("lang") or None,
+            media_type=received.media_type,
+            metadata=_metadata(fields.get("metadata")),
+        )
+    headers = {"Location": f"/audio/{recording.id}"}
+    if not created:
+        return _json(RecordingBody.of(recording, duplicate=True), 200, headers)
+    if wait_s is not None:
+        headers["Preference-Applied"] = f"wait={wait_s:g}"
+        recording = await _settled(service, recording, wait_s)
+    status = 201 if recording.status == "ready" else 202
+    return _json(RecordingBody.of(recording), status, headers)
+
+
+@api.get("/audio", summary="List recordings, newest first")
+def list_recordings(
+    service: ServiceHere,
+    collection: str | None = None,
+    status: Status | None = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
+    cursor: str | None = None,
+) -> RecordingPage:
+    found, following = service.library.page(collection=collection, status=status, cursor=cursor, limit=limit)
+    return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)
+
+
+@api.get("/audio/{id}", summary="One recording")
+def get_recording(service: ServiceHere, id: str) -> RecordingBody:  # noqa: A002
+    return RecordingBody.of(service.library.catalog.get(id))
+
+
+@api.get(
+    "/audio/{id}/content",
+    summary="The uploaded bytes",
+    response_class=FileResponse,
+    responses={200: {"content": {"audio/*": _BINARY}}, 206: {"description": "The byte range that was asked for."}},
+)
+def get_content(service: ServiceHere, id: str) -> FileResponse:  # noqa: A002
+    recording = service.library.catalog.get(id)
+    path = service.library.store.path(recording.sha256)
+    if not path.exists():
+        raise RecordingNotFound(f"There is no recording {id!r}.")
+    media_type = recording.media_type or "application/octet-stream"
+    return FileResponse(path, media_type=media_type, headers={"ETag": f'"{recording.sha256}"'})
+
+
+@api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
+def delete_recording(service: ServiceHere, id: str) -> Response:  # noqa: A002
+    service.library.delete(id)
+    return Response(status_code=204)
+
+
+# --- search
+
+
+@api.get("/search", summary="Find recordings by a question in any language")
+async def search(
+    service: ServiceHere,
+    q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
+    lang: Annotated[str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
+    collection: str | None = None,
+    min_score: Annotated[float | None, Query(ge=-1, le=1)] = None,
+) -> SearchAnswer:
+    return await _answer(
+        service, SearchBody(q=q, lang=lang, limit=limit, collection=collection, min_score=min_score)
+    )
+
+
+@api.post("/search", summary="One question with filters, or several questions")
+async def search_json(service: ServiceHere, body: SearchBody | SearchesBody) -> SearchAnswer | SearchAnswers:
+    if isinstance(body, SearchBody):
+        return await _answer(service, body)
+    answers: list[SearchAnswer | None] = [None] * len(body.queries)
+
+    async def put(place: int, question: SearchBody) -> None:
+        answers[place] = await _answer(service, question)
+
+    for question in body.queries:
+        _normalized(question)  # all are checked before any is asked
+    async with anyio.create_task_group() as tasks:
+        for place, question in enumerate(body.queries):
+            tasks.start_soon(put, place, question)
+    return SearchAnswers(results=[answer for answer in answers if answer is not None])
+
+
+@api.post(
+    "/search/audio",
+    openapi_extra=_form({}),
+    summary="Find recordings that say what a recording says",
+)
+async def search_by_recording(
+    request: Request,
+    service: ServiceHere,
+    limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
+    collection: str | None = None,
+    min_score: Annotated[float | None, Query(ge=-1, le=1)] = None,
+) -> SearchAnswer:
+    started = time.perf_counter()
+    async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
+        vector = await run_in_threadpool(service.embed_recording, received.upload.path)
+    encode_s = time.perf_counter() - started
+    question = Question(limit, schemas.filter_of(FilterBody(), _collection(collection)), min_score)
+    answer = await service.answerer.ask(vector, question)
+    answer = schemas.Answer(answer.hits, encode_s, answer.search_s)
+    echo = QueryEcho(text=None, lang=None, normalized=None)
+    return SearchAnswer.of(echo, _model(service), answer, time.perf_counter() - started)
+
+
+async def _answer(service: Service, body: SearchBody) -> SearchAnswer:
+    started = time.perf_counter()
+    lang, normalized = _normalized(body)
+    narrowed = body.filter.model_copy(update={"lang": canonical_tag(body.filter.lang)})
+    question = Question(body.limit, schemas.filter_of(narrowed, _collection(body.collection)), body.min_score)
+    answer = await service.answerer.ask(normalized, question)
+    echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
+    return SearchAnswer.of(echo, _model(service), answer, time.perf_counter() - started)
+
+
+def _normalized(body: SearchBody) -> tuple[str | None, str]:
+    lang = canonical_tag(body.lang)
+    normalized = normalize_text(body.q, lang)
+    if not normalized:
+        raise EmptyQuery("The question is empty.")
+    return lang, normalized
+
+
+def _collection(name: str | None) -> str | None:
+    return None if name is None else check_name("collection", name)
+
+
+def _model(service: Service) -> ModelEcho:
+    return ModelEcho(name=service.model.name, fingerprint=service.model.fingerprint)
+
+
+# --- operation
+
+
+@operations.get("/healthz", summary="Alive")
+async def alive() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@operations.get("/readyz", summary="Ready to answer", responses=PROBLEM)
+async def ready(service: ServiceHere) -> Response:
+    if (reason := await run_in_threadpool(service.why_not_ready)) is not None:
+        return problem("not_ready", reason)
+    return JSONResponse({"status": "ready", "model": service.model.fingerprint})
+
+
+@operations.get("/metrics", summary="Prometheus metrics")
+def metrics(service: ServiceHere) -> Response:
+    service.observe_library()
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+# --- inside
+
+
+def _json(body: RecordingBody, status: int, headers: dict[str, str]) -> Response:
+    content = orjson.dumps(body.model_dump(mode="json", by_alias=True))
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    if not text:
+        return {}
+    if len(text.encode()) > MAX_METADATA_BYTES:
+        raise InvalidField(f"metadata is larger than {MAX_METADATA_BYTES} bytes.")
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidField(f"metadata is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InvalidField("metadata must be a JSON object.")
+    return value
+
+
+def _preferred_wait(prefer: str | None) -> Seconds | None:
+    """The `wait` preference in seconds; other preferences and unusable values are ignored (RFC 7240, 2)."""
+    for preference in (prefer or "").replace(";", ",").split(","):
+        name, _, value = preference.strip().partition("=")
+        if name.strip().lower() == "wait":
+            try:
+                seconds = float(value.strip().strip('"'))
+            except ValueError:
+                return None
+            return min(seconds, MAX_WAIT_S) if seconds >= 0 else None
+    return None
+
+
+async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> Recording:
+    """The recording once it is ready or failed, or as it is when the time is over."""
+    deadline = time.monotonic() + wait_s
+    while recording.status in ("pending", "processing") and time.monotonic() < deadline:
+        await anyio.sleep(0.05)
+        try:
+            recording = await run_in_threadpool(service.library.catalog.get, recording.id)
+        except RecordingNotFound:
+            raise HttpError("recording_not_found", "The recording was deleted while it was waited for.") from None
+    return recording
+

@@ -1,0 +1,68 @@
+"""Every setting of the service, read once from the environment or a `.env` file. Nothing else reads them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Names in the environment carry the prefix `CLASP_`, e.g. `CLASP_DATA_DIR`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CLASP_", env_file=".env", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    model: str = "mini"
+    """`mini`, the embedded default, or a model folder."""
+    models_dir: Path | None = None
+    """Folder looked at first for pretrained weights."""
+    data_dir: Path = Path("index_data")
+    """Everything the service stores."""
+    database_url: str | None = None
+    """The catalogue; by default a SQLite file in the data directory."""
+    vector_store: Literal["faiss"] = "faiss"
+    """Where vectors are searched."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes a GPU where there is one."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each model process; 0 means half of the cores, at least one."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Ingest workers that `clasp serve` starts."""
+    host: str = "127.0.0.1"
+    """Address that `clasp serve` binds to."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port that `clasp serve` binds to."""
+    api_keys: Annotated[tuple[str, ...], NoDecode, Field(repr=False)] = ()
+    """Keys accepted as `Authorization: Bearer KEY` or `X-API-Key`, separated by commas; empty: no key is asked for."""
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 1 << 30
+    """Largest accepted upload."""
+    max_duration_s: Annotated[float, Field(gt=0)] = 6 * 3600.0
+    """Longest accepted recording, in seconds of decoded sound."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @classmethod
+    def described(cls) -> str:
+        """One line per setting, for `clasp serve --help`."""
+        return "\n\n".join(
+            f"CLASP_{name.upper()}  {field.description} (default: {field.get_default()!r})"
+            for name, field in cls.model_fields.items()
+        )
+
+    def as_environment(self) -> dict[str, str]:
+        """These settings as another process would read them."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            f"CLASP_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }

@@ -1,0 +1,201 @@
+"""Receiving recordings: a request's body, multipart or raw, streamed into the audio store under a limit.
+
+The size is enforced as bytes arrive, before they are written; nothing is spooled elsewhere first, and
+no file name or path of the client's is used for anything.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import Request
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from app.errors import HttpError
+from clasp_core.store import AudioStore, Upload
+
+FILE_FIELDS = ("file", "audio")
+MAX_FIELD_BYTES = 64 * 1024
+MAX_PARTS = 16
+_WRITE_BYTES = 1 << 20
+_MAX_OVERHEAD_BYTES = 1 << 20
+"""What a multipart body may hold besides the file."""
+
+SERVED_TYPES = frozenset(
+    f"audio/{name}"
+    for name in "aac aiff flac m4a mp3 mp4 mpeg ogg opus vnd.wave wav wave webm x-flac x-m4a x-wav".split()
+) | {"video/mp4", "video/webm"}
+"""Types kept from an upload; anything else is served as application/octet-stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A sealed upload, the form's other fields as text, and the declared type of the sound."""
+
+    upload: Upload
+    fields: dict[str, str]
+    media_type: str | None
+
+
+@asynccontextmanager
+async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncIterator[Received]:
+    """Stream the body into the store; what the block does not place is removed when it ends.
+
+    Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`,
+    `malformed_request`, `upload_interrupted`.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    media_type = kind.decode("latin-1").lower()
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes + _MAX_OVERHEAD_BYTES:
+        raise _too_large(max_bytes)
+    with store.receive() as upload:
+        if media_type == "multipart/form-data":
+            sink = _FormSink(options.get(b"boundary", b""))
+        elif media_type.startswith(("audio/", "video/")) or media_type == "application/octet-stream":
+            sink = _RawSink(media_type)
+        else:
+            raise HttpError(
+                "unsupported_media_type",
+                "Send the recording as multipart/form-data with a part named file, or as the body with"
+                " Content-Type: audio/*.",
+            )
+        try:
+            async for data in request.stream():
+                sink.feed(data)
+                if upload.size_bytes + len(sink.pending) > max_bytes:
+                    raise _too_large(max_bytes)
+                if len(sink.pending) >= _WRITE_BYTES:
+                    await run_in_threadpool(upload.write, sink.take())
+        except ClientDisconnect:
+            raise HttpError("upload_interrupted", "The connection was closed before the upload ended.") from None
+        sink.end()
+        await run_in_threadpool(_finish, upload, sink.take())
+        if upload.size_bytes == 0:
+            raise HttpError("empty_upload", "The uploaded file is empty.")
+        served = sink.media_type if sink.media_type in SERVED_TYPES else None
+        yield Received(upload, sink.fields, served)
+
+
+def _finish(upload: Upload, rest: bytes) -> None:
+    upload.write(rest)
+    upload.seal()
+
+
+def _too_large(max_bytes: int) -> HttpError:
+    return HttpError("upload_too_large", f"The upload is larger than the {max_bytes} bytes accepted here.")
+
+
+class _RawSink:
+    """A body that is the recording."""
+
+    def __init__(self, media_type: str) -> None:
+        self.pending = bytearray()
+        self.fields: dict[str, str] = {}
+        self.media_type = media_type
+
+    def feed(self, data: bytes) -> None:
+        self.pending += data
+
+    def take(self) -> bytes:
+        taken = bytes(self.pending)
+        self.pending.clear()
+        return taken
+
+    def end(self) -> None:
+        pass
+
+
+class _FormSink(_RawSink):
+    """A multipart/form-data body (RFC 7578): one file part, and small text fields."""
+
+    def __init__(self, boundary: bytes) -> None:
+        super().__init__("")
+        if not boundary:
+            raise _malformed("the multipart boundary is missing")
+        self._header_name = b""
+        self._header_value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._name = ""
+        self._field = bytearray()
+        self._parts = 0
+        self._has_file = False
+        self._complete = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    def feed(self, data: bytes) -> None:
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise _malformed(str(error)) from None
+
+    def end(self) -> None:
+        if not self._complete:
+            raise _malformed("the body ends before its last boundary")
+        if not self._has_file:
+            raise HttpError("invalid_input", "The form has no part named file.")
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        self._headers = {}
+        if self._parts > MAX_PARTS:
+            raise _malformed(f"more than {MAX_PARTS} parts")
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._field = bytearray()
+        if self._name in FILE_FIELDS:
+            if self._has_file:
+                raise _malformed("more than one recording; send one request for each")
+            self._has_file = True
+            kind, _ = parse_options_header(self._headers.get(b"content-type", b""))
+            self.media_type = kind.decode("latin-1").lower()
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name in FILE_FIELDS:
+            self.pending += data[start:end]
+        else:
+            self._field += data[start:end]
+            if len(self._field) > MAX_FIELD_BYTES:
+                raise _malformed(f"the field {self._name!r} is larger than {MAX_FIELD_BYTES} bytes")
+
+    def _on_part_end(self) -> None:
+        if self._name not in FILE_FIELDS:
+            try:
+                self.fields[self._name] = self._field.decode()
+            except UnicodeDecodeError:
+                raise _malformed(f"the field {self._name!r} is not UTF-8") from None
+
+    def _on_end(self) -> None:
+        self._complete = True
+
+
+def _malformed(reason: str) -> HttpError:
+    return HttpError("malformed_request", f"The multipart body cannot be read: {reason}.")

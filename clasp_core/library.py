@@ -1,0 +1,225 @@
+"""A library of recordings: keep them, find them, forget them.
+
+The one object the service, the command line and a notebook work with. It holds together what must
+agree: the catalogue (the truth), the audio store (the bytes) and the vector index (a replica).
+Embedding the recordings is `clasp_core.ingest`, which may run in another process.
+"""
+
+import base64
+import binascii
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from clasp_core.catalog import Catalog, Filter, NewRecording, Recording
+from clasp_core.errors import DataMismatch, InvalidField
+from clasp_core.index import Match, VectorIndex
+from clasp_core.language import canonical_tag
+from clasp_core.store import AudioStore, Upload
+from clasp_core.types import Embeddings, SegmentHit
+
+CHANGES_AT_ONCE = 500
+MAX_HITS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A recording found: its best cosine with the query, and its matching segments, best first."""
+
+    rank: int
+    recording: Recording
+    score: float
+    segments: tuple[SegmentHit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to look for: `limit` recordings among those that pass the filter, scoring at least `min_score`."""
+
+    limit: int = 10
+    filter: Filter = Filter()
+    min_score: float | None = None
+
+
+class Library:
+    """Thread-safe; any number of processes may open the same data directory."""
+
+    def __init__(self, data_dir: Path, *, model: str, dim: int, database_url: str | None = None) -> None:
+        """Open or create. `model` is the fingerprint of the model all vectors here must be by.
+
+        Raises DataMismatch where the directory holds vectors of another model, or was written by a
+        newer version.
+        """
+        data_dir.mkdir(parents=True, exist_ok=True)
+        self.model = model
+        self.store = AudioStore(data_dir / "audio")
+        self.catalog = Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
+        self._index_dir = data_dir / "index"
+        self._dim = dim
+        self._index: VectorIndex | None = None
+        self._refreshing = threading.Lock()
+        self._saved_seq = 0
+        if others := self.catalog.other_models(model):
+            raise DataMismatch(
+                f"{data_dir} holds vectors made by another model ({', '.join(others)}; this one is {model})."
+                " Run `clasp reindex` to embed the recordings anew, or use another CLASP_DATA_DIR."
+            )
+
+    def close(self) -> None:
+        self.save_index()
+        self.catalog.close()
+
+    # --- recordings
+
+    def register(
+        self,
+        upload: Upload,
+        *,
+        recording_id: str | None = None,
+        collection: str = "default",
+        lang: str | None = None,
+        media_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> tuple[Recording, bool]:
+        """Keep a sealed upload. When this returns it survives any crash, and waits to be embedded.
+
+        Returns (recording, created); the same bytes again in a collection give the first recording.
+        Raises IdConflict, InvalidField or InvalidLanguage.
+        """
+        new = NewRecording(
+            id=check_name("id", recording_id) if recording_id is not None else str(uuid4()),
+            collection=check_name("collection", collection),
+            sha256=upload.sha256,
+            size_bytes=upload.size_bytes,
+            media_type=media_type,
+            lang=canonical_tag(lang),
+            metadata=metadata or {},
+        )
+        return self.catalog.register(new, lambda: self.store.place(upload))
+
+    def delete(self, recording_id: str) -> None:
+        """Forget a recording: when this returns it is no hit here, and its bytes are gone unless another
+        collection has the same. Raises RecordingNotFound."""
+        deleted = self.catalog.delete(recording_id)
+        self.catalog.sweep([deleted.sha256], self.store.remove)
+        if self._index is not None:
+            self.refresh()
+
+    def page(
+        self,
+        *,
+        collection: str | None = None,
+        status: str | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> tuple[list[Recording], str | None]:
+        """Recordings, newest first, and the cursor of the next page (None after the last).
+
+        Pages neither skip nor repeat a recording while others are added or deleted.
+        """
+        before = None if cursor is None else _decode_cursor(cursor)
+        found = self.catalog.page(collection=collection, status=status, before=before, limit=limit + 1)
+        more = len(found) > limit
+        return found[:limit], _encode_cursor(found[limit - 1].key) if more else None
+
+    def tidy(self) -> None:
+        """Remove what crashes left behind: abandoned arrivals, and bytes that no recording has."""
+        self.store.discard_abandoned()
+        self.catalog.sweep(list(self.store.stored()), self.store.remove)
+
+    # --- search
+
+    def search(self, queries: Embeddings, questions: Sequence[Question]) -> list[list[Hit]]:
+        """For each unit query vector (n, dim) the best recordings, by the cosine of their best segment.
+
+        Sees everything that was ready, and nothing that was deleted, when it was called. Ties are
+        broken by id.
+        """
+        index = self.refresh()
+        results: list[list[Hit]] = [[] for _ in questions]
+        for wanted in dict.fromkeys(question.filter for question in questions):
+            places = [place for place, question in enumerate(questions) if question.filter == wanted]
+            among = None if wanted == Filter() else self.catalog.matching(wanted)
+            limits = [questions[place].limit for place in places]
+            matches = index.search(queries[places], limits, among=among)
+            for place, found in zip(places, matches, strict=True):
+                results[place] = self._hits(found, questions[place])
+        return results
+
+    def _hits(self, matches: Sequence[Match], question: Question) -> list[Hit]:
+        recordings = self.catalog.by_key([match.recording for match in matches])
+        kept = [
+            match
+            for match in matches
+            if match.recording in recordings
+            and (question.min_score is None or match.score >= question.min_score)
+        ]
+        kept.sort(key=lambda match: (-match.score, recordings[match.recording].id))
+        kept = kept[: question.limit]
+        named = [(match.recording, ordinal) for match in kept for ordinal, _ in match.segments]
+        spans = self.catalog.spans(named)
+        return [
+            Hit(
+                rank=rank,
+                recording=recordings[match.recording],
+                score=match.score,
+                segments=tuple(
+                    SegmentHit(*spans[match.recording, ordinal], score)
+                    for ordinal, score in match.segments
+                    if (match.recording, ordinal) in spans
+                ),
+            )
+            for rank, match in enumerate(kept, 1)
+        ]
+
+    def refresh(self) -> VectorIndex:
+        """The index, brought up to everything the catalogue has committed."""
+        with self._refreshing:
+            if self._index is None:
+                self._index = self._trusted_index()
+                self._saved_seq = self._index.seq
+            if self.catalog.last_change() != self._index.seq:
+                while changes := self.catalog.changes(self._index.seq, limit=CHANGES_AT_ONCE, dim=self._dim):
+                    self._index.apply(changes)
+            return self._index
+
+    def _trusted_index(self) -> VectorIndex:
+        index = VectorIndex.load(self._index_dir, self._dim, self.model)
+        if index.seq > self.catalog.last_change():
+            # the catalogue was put back to an earlier state (a restored backup): start over from it
+            return VectorIndex(self._dim, self.model)
+        return index
+
+    def save_index(self) -> None:
+        """Write a snapshot, if anything changed since the last, so that the next start is quick."""
+        if self._index is not None and self._index.seq != self._saved_seq:
+            seq = self._index.seq
+            self._index.save(self._index_dir)
+            self._saved_seq = seq
+
+
+def check_name(field: str, value: str) -> str:
+    """An id or a collection name: 1 to 128 of A-Z a-z 0-9 . _ : - and no dot first. Raises InvalidField."""
+    allowed = value.isascii() and all(character.isalnum() or character in "._:-" for character in value)
+    if not (0 < len(value) <= 128 and allowed and not value.startswith(".")):
+        raise InvalidField(
+            f"{field} must be 1 to 128 letters, digits or . _ : - (ASCII), not beginning with a dot."
+        )
+    return value
+
+
+def _encode_cursor(key: int) -> str:
+    return base64.urlsafe_b64encode(b"1:%d" % key).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str) -> int:
+    try:
+        version, _, key = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).partition(b":")
+        if version == b"1" and key.isdigit() and len(key) <= 18:
+            return int(key)
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidField("cursor is not one that this service gave out.")

@@ -1,0 +1,112 @@
+"""The uploaded bytes, as files named by their content.
+
+Owns one folder and the rule that a file under its final name is complete and on disk. Which
+recording has which bytes is the catalogue's business; it decides, under its write lock, when a file
+is placed and when it may go.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from clasp_core.types import Seconds
+
+
+class Upload:
+    """Bytes being received: a temporary file, hashed while it is written.
+
+    Use as a context manager; what has not been placed in the store when it closes is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._file = path.open("xb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+    def seal(self) -> None:
+        """Everything written is on disk when this returns. Writing is over."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "Upload":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class AudioStore:
+    """Files `<root>/ab/cdef...` by sha256, and `<root>/incoming/` for what is still arriving."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._incoming = root / "incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def receive(self) -> Upload:
+        return Upload(self._incoming / secrets.token_hex(16))
+
+    def place(self, upload: Upload) -> None:
+        """Give a sealed upload its final name, durably. The same bytes may be there already."""
+        target = self._path(upload.sha256)
+        if target.exists():
+            return
+        target.parent.mkdir(exist_ok=True)
+        upload.path.rename(target)
+        _sync_directory(target.parent)
+        _sync_directory(self._root)
+
+    def open(self, sha256: str) -> BinaryIO:
+        """The stored bytes for reading. FileNotFoundError where there are none."""
+        return self._path(sha256).open("rb")
+
+    def path(self, sha256: str) -> Path:
+        """Where the bytes are, for serving a file; the name holds nothing a client chose."""
+        return self._path(sha256)
+
+    def remove(self, sha256: str) -> None:
+        self._path(sha256).unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[str]:
+        """sha256 of every stored file."""
+        for folder in self._root.iterdir():
+            if len(folder.name) == 2:
+                yield from (folder.name + file.name for file in folder.iterdir())
+
+    def discard_abandoned(self, older_than_s: Seconds = 3600.0) -> None:
+        """Remove arrivals that nobody has written to for a while: their uploads were never acknowledged."""
+        for path in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > older_than_s:
+                    path.unlink()
+
+    def _path(self, sha256: str) -> Path:
+        return self._root / sha256[:2] / sha256[2:]
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

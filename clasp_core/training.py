@@ -1,0 +1,346 @@
+"""Training a fusion: from a manifest of recordings with transcripts to a model folder that serves.
+
+The encoders are frozen, so their features are computed once and kept on disk; an epoch is then only
+the small fusion network. The loss is the paper's contrastive one (CLASP, section 3.3): a segment
+against the texts of the whole training set, and a text against the segments of its batch.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from clasp_core import sandbox
+from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
+from clasp_core.errors import InvalidAudio, InvalidField
+from clasp_core.language import match_key, normalize_text
+from clasp_core.manifest import ManifestItem, read_manifest
+from clasp_core.mini import PRETRAINED, Features, MiniFusion, SpeechBackbone, save_fusion
+from clasp_core.models import resolve_device
+from clasp_core.segmenting import SegmentConfig, split
+from clasp_core.types import SAMPLING_RATE, Waveform
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """What `clasp train` reads from a TOML file; relative paths start at that file's folder.
+
+    Environment variables in `manifest` are expanded. `speeds` are the readings of each recording:
+    1.0 as spoken, others resampled to that tempo and pitch.
+    """
+
+    manifest: Path
+    output: Path
+    cache: Path
+    split: str = "train"
+    speeds: tuple[float, ...] = (1.0,)
+    epochs: int = 30
+    batch_size: int = 256
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 200
+    temperature: float = 0.05
+    dropout: float = 0.2
+    token_dropout: float = 0.1
+    width: int = 512
+    layers: int = 2
+    average_last: int = 5
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    models_dir: Path | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    """How often an item is drawn per epoch, by source; 1 where a source is not named."""
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Raises InvalidField for an unknown or missing name."""
+    import os
+
+    values = tomllib.loads(path.read_text())
+    unknown = set(values) - set(TrainingConfig.__dataclass_fields__)
+    if unknown or not {"manifest", "output", "cache"} <= set(values):
+        raise InvalidField(f"{path}: unknown {sorted(unknown)}; manifest, output and cache are needed.")
+    for name in ("manifest", "output", "cache", "models_dir"):
+        if name in values:
+            values[name] = path.parent / os.path.expandvars(values[name])
+    if "speeds" in values:
+        values["speeds"] = tuple(values["speeds"])
+    return TrainingConfig(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """Encoder features of one reading of a manifest, ragged rows laid end to end, float16.
+
+    Item i has speech[speech_ends[i - 1] : speech_ends[i]] (tokens, 1024) and the pictures likewise.
+    """
+
+    ids: NDArray[np.str_]
+    speech: NDArray[np.float16]
+    speech_ends: NDArray[np.int64]
+    pictures: NDArray[np.float16]
+    picture_ends: NDArray[np.int64]
+
+    def batch(self, places: Sequence[int]) -> Features:
+        speech = [self._row(self.speech, self.speech_ends, place) for place in places]
+        pictures = [self._row(self.pictures, self.picture_ends, place) for place in places]
+        return Features(*_padded(speech), *_padded(pictures))
+
+    @staticmethod
+    def _row(values: NDArray[np.float16], ends: NDArray[np.int64], place: int) -> Tensor:
+        start = ends[place - 1] if place else 0
+        return torch.from_numpy(values[start : ends[place]].astype(np.float32))
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), torch.tensor(
+        [len(row) for row in rows]
+    )
+
+
+def extract(
+    items: Sequence[ManifestItem], speed: float, backbone: SpeechBackbone, cache: Path, *, shard: int = 500
+) -> FeatureSet:
+    """Features of every item at one speed; shards already in `cache` are not computed again.
+
+    A clip is one training example whatever its length: only the silence around its speech is cut off.
+    Items that cannot be decoded are left out with a warning.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for start in range(0, len(items), shard):
+        chosen = items[start : start + shard]
+        pretrained = [weights.sources[0].sha256 for weights in PRETRAINED.values()]
+        identity = json.dumps([speed, pretrained, [(item.id, str(item.audio)) for item in chosen]])
+        path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
+        if not path.exists():
+            _save_shard(path, list(_features(chosen, speed, backbone)))
+            _log.info("features: %d of %d at speed %s", start + len(chosen), len(items), speed)
+        with np.load(path) as stored:
+            shards.append({name: stored[name] for name in stored.files})
+    return FeatureSet(
+        np.concatenate([s["ids"] for s in shards]),
+        np.concatenate([s["speech"] for s in shards]),
+        np.cumsum(np.concatenate([s["speech_lengths"] for s in shards])),
+        np.concatenate([s["pictures"] for s in shards]),
+        np.cumsum(np.concatenate([s["picture_lengths"] for s in shards])),
+    )
+
+
+def _features(
+    items: Sequence[ManifestItem], speed: float, backbone: SpeechBackbone
+) -> Iterator[tuple[str, Features]]:
+    whole = SegmentConfig(whole_s=29.0 / min(speed, 1.0))
+    for item in items:
+        try:
+            segments = list(split(sandbox.decode(item.audio, max_duration_s=29.0 * min(speed, 1.0)), whole))
+        except InvalidAudio as error:
+            _log.warning("left out %s: %s", item.id, error)
+            continue
+        for segment in segments[:1]:
+            features = backbone([_at_speed(segment.waveform, speed)])
+            yield item.id, features
+
+
+def _at_speed(waveform: Waveform, speed: float) -> Waveform:
+    if speed == 1.0:
+        return waveform
+    import soxr
+
+    resampled: Waveform = soxr.resample(waveform, SAMPLING_RATE, SAMPLING_RATE / speed)
+    return resampled
+
+
+def _save_shard(path: Path, rows: Sequence[tuple[str, Features]]) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        ids=np.array([item for item, _ in rows]),
+        speech=np.concatenate([row.speech[0].half().numpy() for _, row in rows]),
+        speech_lengths=np.array([int(row.speech_lengths[0]) for _, row in rows]),
+        pictures=np.concatenate([row.pictures[0].half().numpy() for _, row in rows]),
+        picture_lengths=np.array([int(row.picture_lengths[0]) for _, row in rows]),
+    )
+    temporary.replace(path)
+
+
+def embed_texts(texts: Sequence[str], models_dir: Path | None) -> Tensor:
+    """E5 vectors (n, 384) of normalised texts, in batches of like length."""
+    encoder = E5Encoder.load(E5_SMALL.locate(models_dir))
+    vectors = torch.empty(len(texts), 384)
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    for start in range(0, len(order), 64):
+        places = order[start : start + 64]
+        vectors[places] = encoder([texts[place] for place in places])
+    return vectors
+
+
+def train(config: TrainingConfig) -> Path:
+    """Train and write `model.json`, `fusion.safetensors` and `training.json` to `config.output`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    items = [item for item in read_manifest(config.manifest) if item.split == config.split]
+    backbone = SpeechBackbone(config.models_dir)
+    readings = [extract(items, speed, backbone, config.cache) for speed in config.speeds]
+    del backbone
+    fusion, history = fit(config, items, readings)
+    config.output.mkdir(parents=True, exist_ok=True)
+    save_fusion(fusion, config.output / "fusion.safetensors")
+    (config.output / "model.json").write_text(
+        json.dumps({"format": "clasp-model/1", "architecture": "mini", "dim": 384}, indent=1) + "\n"
+    )
+    record = {"config": asdict(config), "items": len(items), "history": history}
+    (config.output / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return config.output
+
+
+def fit(
+    config: TrainingConfig, items: Sequence[ManifestItem], readings: Sequence[FeatureSet]
+) -> tuple[MiniFusion, list[dict[str, float]]]:
+    """The fusion after the last epoch (the mean of the last few), and the loss of each epoch."""
+    torch.manual_seed(config.seed)
+    random = np.random.default_rng(config.seed)
+    device = resolve_device(config.device)
+    texts = {item.id: normalize_text(item.text, item.lang) for item in items}
+    raw = embed_texts(list(texts.values()), config.models_dir)
+    mean = raw.mean(0)
+    targets = F.normalize(raw - mean, dim=1).to(device)
+    place_of = {item: place for place, item in enumerate(texts)}
+    same_text = {text: number for number, text in enumerate(dict.fromkeys(map(match_key, texts.values())))}
+    text_number = torch.tensor([same_text[match_key(text)] for text in texts.values()], device=device)
+
+    fusion = MiniFusion(config.width, config.layers, dropout=config.dropout).to(device)
+    fusion.text_mean.copy_(mean)
+    optimizer = torch.optim.AdamW(fusion.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    examples = _Examples(config, items, readings, random)
+    steps = config.epochs * len(examples)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _cosine(step, config.warmup_steps, steps)
+    )
+    averaged: list[dict[str, Tensor]] = []
+    history = []
+    for epoch in range(config.epochs):
+        started = time.monotonic()
+        fusion.train()
+        losses = []
+        for ids, features in examples:
+            places = torch.tensor([place_of[item] for item in ids], device=device)
+            vectors = fusion(_drop_tokens(features, config.token_dropout).to(device))
+            loss = _contrastive(vectors, places, targets, text_number, config.temperature)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(fusion.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss))
+        history.append(
+            {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
+        )
+        _log.info("epoch %(epoch)d: loss %(loss).3f, %(seconds).0f s", history[-1])
+        if epoch >= config.epochs - config.average_last:
+            averaged.append({name: value.detach().clone() for name, value in fusion.state_dict().items()})
+    fusion.load_state_dict({name: torch.stack([s[name] for s in averaged]).mean(0) for name in averaged[0]})
+    return fusion.eval(), history
+
+
+class _Examples:
+    """Batches of (ids, features) of like length, drawn anew at each iteration."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        items: Sequence[ManifestItem],
+        readings: Sequence[FeatureSet],
+        random: np.random.Generator,
+    ) -> None:
+        weight = {item.id: config.weights.get(item.source or "", 1.0) for item in items}
+        self._readings = readings
+        self._random = random
+        self._batch_size = config.batch_size
+        self._weights = [np.array([weight[item] for item in reading.ids.tolist()]) for reading in readings]
+
+    def __len__(self) -> int:
+        return math.ceil(sum(self._weights[0]) / self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[list[str], Features]]:
+        """Every item about as often as its weight says, each time in a reading chosen at random."""
+        drawn: list[tuple[int, int]] = []
+        count = len(self._readings[0].ids)
+        for place in range(count):
+            times = self._weights[0][place]
+            whole = int(times) + (self._random.random() < times % 1)
+            drawn += [(int(self._random.integers(len(self._readings))), place) for _ in range(whole)]
+        # Clips of like length share a batch: less padding, and harder negatives.
+        shuffled = [drawn[number] for number in self._random.permutation(len(drawn))]
+        group = 16 * self._batch_size
+        batches = []
+        for start in range(0, len(shuffled), group):
+            alike = sorted(shuffled[start : start + group], key=self._tokens)
+            batches += [alike[at : at + self._batch_size] for at in range(0, len(alike), self._batch_size)]
+        for number in self._random.permutation(len(batches)):
+            if len(batches[number]) >= self._batch_size // 4:
+                yield self._batch(batches[number])
+
+    def _tokens(self, example: tuple[int, int]) -> int:
+        reading, place = example
+        ends = self._readings[reading].speech_ends
+        return int(ends[place] - (ends[place - 1] if place else 0))
+
+    def _batch(self, chosen: Sequence[tuple[int, int]]) -> tuple[list[str], Features]:
+        ids = []
+        rows = []
+        for reading, place in chosen:
+            reading_set = self._readings[reading]
+            ids.append(str(reading_set.ids[place]))
+            rows.append(reading_set.batch([place]))
+        speech = _padded([row.speech[0] for row in rows])
+        pictures = _padded([row.pictures[0] for row in rows])
+        return ids, Features(*speech, *pictures)
+
+
+def _contrastive(
+    vectors: Tensor, places: Tensor, targets: Tensor, text_number: Tensor, temperature: float
+) -> Tensor:
+    """Symmetric contrastive loss; a repeated text is never a negative of itself."""
+    own = text_number[places]
+    to_texts = vectors @ targets.T / temperature
+    repeats = (own[:, None] == text_number[None]) & (
+        torch.arange(len(targets), device=places.device) != places[:, None]
+    )
+    speech_to_text = F.cross_entropy(to_texts.masked_fill(repeats, float("-inf")), places)
+    within = targets[places] @ vectors.T / temperature
+    twins = (own[:, None] == own[None]) & ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+    text_to_speech = F.cross_entropy(
+        within.masked_fill(twins, float("-inf")), torch.arange(len(own), device=own.device)
+    )
+    return (speech_to_text + text_to_speech) / 2
+
+
+def _drop_tokens(features: Features, share: float) -> Features:
+    """Zero a random span of each clip's speech tokens: the fusion must not lean on single words."""
+    speech = features.speech.clone()
+    for row, length in enumerate(features.speech_lengths.tolist()):
+        width = int(torch.rand(()) * 2 * share * length)
+        start = int(torch.rand(()) * max(1, length - width))
+        speech[row, start : start + width] = 0
+    return features._replace(speech=speech)
+
+
+def _cosine(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

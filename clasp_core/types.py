@@ -1,0 +1,36 @@
+"""The nouns that cross module borders. Frozen facts; behaviour lives with their owners."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds: TypeAlias = float
+
+Waveform: TypeAlias = NDArray[np.float32]
+"""Mono samples in about [-1, 1] at `SAMPLING_RATE`, shape (n,)."""
+
+Embeddings: TypeAlias = NDArray[np.float32]
+"""Unit-length rows, shape (n, dim)."""
+
+SAMPLING_RATE = 16_000
+"""Hz of every `Waveform`; the rate of all speech encoders here (Whisper, HuBERT, wav2vec 2.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A span of a recording, in seconds from its start, with its samples."""
+
+    start_s: Seconds
+    end_s: Seconds
+    waveform: Waveform
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHit:
+    """A matching span. `score` is the cosine with the query, in [-1, 1]."""
+
+    start_s: Seconds
+    end_s: Seconds
+    score: float
