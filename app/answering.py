@@ -91,7 +91,9 @@ class Answerer:
         started = time.perf_counter()
         try:
             vectors = np.empty((len(batch), self._encoder.dim), np.float32)
-            texts = {place: waiting.query for place, waiting in enumerate(batch) if isinstance(waiting.query, str)}
+            texts = {
+                place: waiting.query for place, waiting in enumerate(batch) if isinstance(waiting.query, str)
+            }
             vectors[list(texts)] = self._encoder.encode(list(texts.values()))
             for vector, waiting in zip(vectors, batch, strict=True):
                 if not isinstance(waiting.query, str):

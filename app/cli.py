@@ -122,7 +122,13 @@ def index(
     model, library = _open_library(settings)
     try:
         outcome = index_files(
-            library, model, list(_files(paths)), settings=settings, lang=lang, collection=collection, quiet=as_json
+            library,
+            model,
+            list(_files(paths)),
+            settings=settings,
+            lang=lang,
+            collection=collection,
+            quiet=as_json,
         )
     finally:
         library.close()
@@ -142,7 +148,9 @@ def _files(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
             yield from sorted(
-                file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.parts)
+                file
+                for file in path.rglob("*")
+                if file.is_file() and not any(p.startswith(".") for p in file.parts)
             )
         else:
             yield path
@@ -271,7 +279,7 @@ def list_models(as_json: AsJson = False) -> None:
     from clasp_core.models import AVAILABLE, open_model
 
     settings = Settings()
-    described = []
+    described: list[dict[str, Any]] = []
     for name in AVAILABLE:
         model = open_model(name, models_dir=settings.models_dir)
         parts = model.parts()
@@ -298,7 +306,9 @@ def list_models(as_json: AsJson = False) -> None:
         return
     for entry in described:
         state = "ready to use" if entry["available"] else "parts are missing"
-        table = Table("part", "what", "licence", "MB", box=None, title=f"{entry['name']}: {state}", title_justify="left")
+        table = Table(
+            "part", "what", "licence", "MB", box=None, title=f"{entry['name']}: {state}", title_justify="left"
+        )
         for part in entry["parts"]:
             size = f"{part['bytes'] / 1e6:.0f}" if part["bytes"] else "missing"
             table.add_row(part["role"], part["title"], part["licence"], size)
@@ -309,8 +319,9 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 def _normalized(text: str, lang: str | None) -> str:
-    from clasp_core.errors import EmptyQuery
     from clasp_core.language import canonical_tag, normalize_text
+
+    from clasp_core.errors import EmptyQuery
 
     normalized = normalize_text(text, canonical_tag(lang))
     if not normalized:
@@ -342,7 +353,9 @@ def _print_report(report: dict[str, Any]) -> None:
         ]
         for name, figures in pools:
             row = figures[direction]
-            table.add_row(name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+            table.add_row(
+                name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+            )
         Console().print(table)
 
 

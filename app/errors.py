@@ -109,15 +109,24 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _starlette(_: Request, error: HTTPException) -> JSONResponse:
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "upload_too_large", 416: "range_not_satisfiable"}
-        code = codes.get(error.status_code, "malformed_request" if error.status_code < 500 else "internal_error")
+        codes = {
+            404: "not_found",
+            405: "method_not_allowed",
+            413: "upload_too_large",
+            416: "range_not_satisfiable",
+        }
+        code = codes.get(
+            error.status_code, "malformed_request" if error.status_code < 500 else "internal_error"
+        )
         headers = dict(error.headers) if error.headers else None
         return problem(code, str(error.detail), status=error.status_code, headers=headers)
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:
         _log.error("unexpected error", exc_info=error)
-        return problem("internal_error", "An unexpected error occurred. This is a bug; the log has the details.")
+        return problem(
+            "internal_error", "An unexpected error occurred. This is a bug; the log has the details."
+        )
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:

@@ -68,7 +68,9 @@ def _require_key(request: Request) -> None:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's description, with our one error body in place of its own."""
     if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
         components = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             components.pop(name, None)

@@ -5,12 +5,14 @@ from typing import Annotated, Any
 
 import anyio
 import orjson
+from clasp_core.language import canonical_tag, normalize_text
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from app import schemas, uploads
+from app.answering import Answer
 from app.errors import HttpError, problem
 from app.schemas import (
     MAX_QUERY_CHARACTERS,
@@ -28,7 +30,6 @@ from app.schemas import (
 from app.service import Service
 from clasp_core.catalog import Recording
 from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
-from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question, check_name
 from clasp_core.types import Seconds
 
@@ -79,7 +80,10 @@ operations = APIRouter()
     status_code=202,
     response_model=RecordingBody,
     responses={
-        200: {"description": "These bytes are in the collection already: the first record.", "model": RecordingBody},
+        200: {
+            "description": "These bytes are in the collection already: the first record.",
+            "model": RecordingBody,
+        },
         201: {"description": "Searchable (only with `Prefer: wait=SECONDS`).", "model": RecordingBody},
         202: {"description": "Safe on disk, waiting to be embedded."},
     },
@@ -89,7 +93,7 @@ operations = APIRouter()
 async def upload_recording(
     request: Request,
     service: ServiceHere,
-    id: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,  # noqa: A002
+    id: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     lang: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     collection: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     metadata: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
@@ -132,7 +136,7 @@ def list_recordings(
 
 
 @api.get("/audio/{id}", summary="One recording")
-def get_recording(service: ServiceHere, id: str) -> RecordingBody:  # noqa: A002
+def get_recording(service: ServiceHere, id: str) -> RecordingBody:
     return RecordingBody.of(service.library.catalog.get(id))
 
 
@@ -140,9 +144,12 @@ def get_recording(service: ServiceHere, id: str) -> RecordingBody:  # noqa: A002
     "/audio/{id}/content",
     summary="The uploaded bytes",
     response_class=FileResponse,
-    responses={200: {"content": {"audio/*": _BINARY}}, 206: {"description": "The byte range that was asked for."}},
+    responses={
+        200: {"content": {"audio/*": _BINARY}},
+        206: {"description": "The byte range that was asked for."},
+    },
 )
-def get_content(service: ServiceHere, id: str) -> FileResponse:  # noqa: A002
+def get_content(service: ServiceHere, id: str) -> FileResponse:
     recording = service.library.catalog.get(id)
     path = service.library.store.path(recording.sha256)
     if not path.exists():
@@ -152,7 +159,7 @@ def get_content(service: ServiceHere, id: str) -> FileResponse:  # noqa: A002
 
 
 @api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
-def delete_recording(service: ServiceHere, id: str) -> Response:  # noqa: A002
+def delete_recording(service: ServiceHere, id: str) -> Response:
     service.library.delete(id)
     return Response(status_code=204)
 
@@ -164,7 +171,9 @@ def delete_recording(service: ServiceHere, id: str) -> Response:  # noqa: A002
 async def search(
     service: ServiceHere,
     q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
-    lang: Annotated[str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")] = None,
+    lang: Annotated[
+        str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: str | None = None,
     min_score: Annotated[float | None, Query(ge=-1, le=1)] = None,
@@ -209,7 +218,7 @@ async def search_by_recording(
     encode_s = time.perf_counter() - started
     question = Question(limit, schemas.filter_of(FilterBody(), _collection(collection)), min_score)
     answer = await service.answerer.ask(vector, question)
-    answer = schemas.Answer(answer.hits, encode_s, answer.search_s)
+    answer = Answer(answer.hits, encode_s, answer.search_s)
     echo = QueryEcho(text=None, lang=None, normalized=None)
     return SearchAnswer.of(echo, _model(service), answer, time.perf_counter() - started)
 
@@ -304,6 +313,7 @@ async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> R
         try:
             recording = await run_in_threadpool(service.library.catalog.get, recording.id)
         except RecordingNotFound:
-            raise HttpError("recording_not_found", "The recording was deleted while it was waited for.") from None
+            raise HttpError(
+                "recording_not_found", "The recording was deleted while it was waited for."
+            ) from None
     return recording
-

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.answering import Answer
-from clasp_core.catalog import Recording
-from clasp_core.library import MAX_HITS, Filter
+from clasp_core.catalog import Filter, Recording
+from clasp_core.library import MAX_HITS
 
 Status = Literal["pending", "processing", "ready", "failed"]
 MAX_QUERY_CHARACTERS = 2000
@@ -95,7 +95,8 @@ class SearchBody(BaseModel):
 
     q: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
     lang: Annotated[
-        str | None, Field(description="BCP 47 tag of the question: a hint for normalising it, never a filter.")
+        str | None,
+        Field(description="BCP 47 tag of the question: a hint for normalising it, never a filter."),
     ] = None
     limit: Annotated[int, Field(ge=1, le=MAX_HITS)] = 10
     collection: str | None = None

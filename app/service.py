@@ -36,7 +36,7 @@ def use_threads(threads: int) -> None:
 
 
 class Service:
-    """The library, the text encoder's thread, and the ingest workers. Made ready before anything is served."""
+    """The library, the text encoder's thread, and the ingest workers. Ready before it serves."""
 
     def __init__(self, settings: Settings) -> None:
         """Opens and loads everything. Raises ClaspError where the service cannot run."""
@@ -45,7 +45,10 @@ class Service:
         self.metrics = Metrics()
         self.model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
         self.library = Library(
-            settings.data_dir, model=self.model.fingerprint, dim=self.model.dim, database_url=settings.database_url
+            settings.data_dir,
+            model=self.model.fingerprint,
+            dim=self.model.dim,
+            database_url=settings.database_url,
         )
         self.library.tidy()
         self.library.refresh()

@@ -63,10 +63,16 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "clasp_http_requests", "Requests by route and status.", ["method", "route", "status"], registry=self.registry
+            "clasp_http_requests",
+            "Requests by route and status.",
+            ["method", "route", "status"],
+            registry=self.registry,
         )
         self.request_seconds = Histogram(
-            "clasp_http_request_seconds", "Time to answer, by route.", ["method", "route"], registry=self.registry
+            "clasp_http_request_seconds",
+            "Time to answer, by route.",
+            ["method", "route"],
+            registry=self.registry,
         )
         self.search_seconds = Histogram(
             "clasp_search_stage_seconds",
@@ -76,16 +82,25 @@ class Metrics:
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )
         self.search_batch = Histogram(
-            "clasp_search_batch_size", "Questions answered together.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32)
+            "clasp_search_batch_size",
+            "Questions answered together.",
+            registry=self.registry,
+            buckets=(1, 2, 4, 8, 16, 32),
         )
         self.ingest_seconds = Counter(
             "clasp_ingest_stage_seconds", "Worker seconds by stage.", ["stage"], registry=self.registry
         )
         self.ingested = Counter("clasp_ingested_recordings", "Recordings processed.", registry=self.registry)
-        self.ingested_audio = Counter("clasp_ingested_audio_seconds", "Seconds of sound processed.", registry=self.registry)
+        self.ingested_audio = Counter(
+            "clasp_ingested_audio_seconds", "Seconds of sound processed.", registry=self.registry
+        )
         self.worker_restarts = Counter("clasp_worker_restarts", "Workers that died.", registry=self.registry)
-        self.recordings = Gauge("clasp_recordings", "Recordings by status.", ["status"], registry=self.registry)
-        self.queue_age = Gauge("clasp_queue_age_seconds", "Age of the oldest pending recording.", registry=self.registry)
+        self.recordings = Gauge(
+            "clasp_recordings", "Recordings by status.", ["status"], registry=self.registry
+        )
+        self.queue_age = Gauge(
+            "clasp_queue_age_seconds", "Age of the oldest pending recording.", registry=self.registry
+        )
         self.index_vectors = Gauge("clasp_index_vectors", "Vectors in the index.", registry=self.registry)
 
     def observe_ingest(self, timings: Timings) -> None:

@@ -25,10 +25,11 @@ _WRITE_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 20
 """What a multipart body may hold besides the file."""
 
-SERVED_TYPES = frozenset(
-    f"audio/{name}"
-    for name in "aac aiff flac m4a mp3 mp4 mpeg ogg opus vnd.wave wav wave webm x-flac x-m4a x-wav".split()
-) | {"video/mp4", "video/webm"}
+_SERVED_SUBTYPES = (
+    "aac", "aiff", "flac", "m4a", "mp3", "mp4", "mpeg", "ogg", "opus", "vnd.wave", "wav", "wave", "webm",
+    "x-flac", "x-m4a", "x-wav",
+)  # fmt: skip
+SERVED_TYPES = frozenset({"video/mp4", "video/webm", *(f"audio/{name}" for name in _SERVED_SUBTYPES)})
 """Types kept from an upload; anything else is served as application/octet-stream."""
 
 
@@ -54,6 +55,7 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
     if declared.isdigit() and int(declared) > max_bytes + _MAX_OVERHEAD_BYTES:
         raise _too_large(max_bytes)
     with store.receive() as upload:
+        sink: _RawSink
         if media_type == "multipart/form-data":
             sink = _FormSink(options.get(b"boundary", b""))
         elif media_type.startswith(("audio/", "video/")) or media_type == "application/octet-stream":
@@ -72,7 +74,9 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
                 if len(sink.pending) >= _WRITE_BYTES:
                     await run_in_threadpool(upload.write, sink.take())
         except ClientDisconnect:
-            raise HttpError("upload_interrupted", "The connection was closed before the upload ended.") from None
+            raise HttpError(
+                "upload_interrupted", "The connection was closed before the upload ended."
+            ) from None
         sink.end()
         await run_in_threadpool(_finish, upload, sink.take())
         if upload.size_bytes == 0:

@@ -353,7 +353,7 @@ class Catalog:
             return int(db.execute(sa.select(sa.func.coalesce(sa.func.max(_changes.c.seq), 0))).scalar_one())
 
     def changes(self, after: int, *, limit: int, dim: int) -> Changes | None:
-        """The next (up to) `limit` changes after number `after`, with the vectors as they are now; None at the end."""
+        """The next `limit` changes after number `after`, with the vectors as they are now; None at the end."""
         with self._read() as db:
             query = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq).limit(limit)
             rows = db.execute(query).all()
@@ -429,11 +429,14 @@ class Catalog:
 def _member(name: str, value: str | float | bool) -> sa.ColumnElement[bool]:
     """That a top-level member of the metadata has this value."""
     member = _recordings.c.metadata[name]
+    typed: sa.ColumnElement[Any]
     if isinstance(value, bool):
-        return member.as_boolean() == value
-    if isinstance(value, str):
-        return member.as_string() == value
-    return member.as_float() == value
+        typed = member.as_boolean()
+    elif isinstance(value, str):
+        typed = member.as_string()
+    else:
+        typed = member.as_float()
+    return typed == value
 
 
 def _without_suspects(candidates: Sequence[Any]) -> list[int]:

@@ -132,7 +132,11 @@ def _groups(items: Sequence[ManifestItem], field: str) -> dict[str, NDArray[np.i
     """Places of the items with each value of a field, in order of value; items without it are in none."""
     places: dict[str, list[int]] = {}
     for place, item in enumerate(items):
-        value = getattr(item, field, None) if field in ManifestItem.__dataclass_fields__ else item.extra.get(field)
+        value = (
+            getattr(item, field, None)
+            if field in ManifestItem.__dataclass_fields__
+            else item.extra.get(field)
+        )
         if value is not None:
             places.setdefault(str(value), []).append(place)
     return {value: np.array(places[value]) for value in sorted(places)}

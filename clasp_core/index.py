@@ -33,7 +33,7 @@ faiss.cvar.distance_compute_blas_threshold = 3072
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A recording found: its key, its best cosine, and its matching segments (ordinal, cosine), best first."""
+    """A recording found: its key, its best cosine, its matching segments (ordinal, cosine), best first."""
 
     recording: int
     score: float
@@ -123,7 +123,7 @@ class VectorIndex:
         selector: "_Selector | None",
         segments: int,
     ) -> list[Match]:
-        """Look deeper until `limit` recordings are found and everything scoring as much as the last is seen."""
+        """Look deeper until `limit` recordings are found, and all that scores as much as the last is seen."""
         size = len(self) if selector is None else selector.count
         while True:
             best: dict[int, float] = {}
@@ -135,7 +135,7 @@ class VectorIndex:
                 break
             (nearest,) = self._nearest(query[None], [min(size, 4 * len(nearest))], selector)
         grouped: dict[int, list[tuple[int, float]]] = {}
-        for number, score in nearest:
+        for number, _ in nearest:
             recording, ordinal = number >> _ORDINAL_BITS, number & ((1 << _ORDINAL_BITS) - 1)
             if best[recording] >= cutoff - _SCORE_NOISE and len(grouped.setdefault(recording, [])) < segments:
                 exact = float(query.astype(np.float64) @ self._faiss.reconstruct(number).astype(np.float64))

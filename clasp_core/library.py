@@ -23,6 +23,7 @@ from clasp_core.types import Embeddings, SegmentHit
 
 CHANGES_AT_ONCE = 500
 MAX_HITS = 1000
+EVERYTHING = Filter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Question:
     """What to look for: `limit` recordings among those that pass the filter, scoring at least `min_score`."""
 
     limit: int = 10
-    filter: Filter = Filter()
+    filter: Filter = EVERYTHING
     min_score: float | None = None
 
 
@@ -142,7 +143,7 @@ class Library:
         results: list[list[Hit]] = [[] for _ in questions]
         for wanted in dict.fromkeys(question.filter for question in questions):
             places = [place for place, question in enumerate(questions) if question.filter == wanted]
-            among = None if wanted == Filter() else self.catalog.matching(wanted)
+            among = None if wanted == EVERYTHING else self.catalog.matching(wanted)
             limits = [questions[place].limit for place in places]
             matches = index.search(queries[places], limits, among=among)
             for place, found in zip(places, matches, strict=True):

@@ -69,7 +69,7 @@ class SpeechBackbone(nn.Module):
         return Features(_tokens(frames, lengths), speech_lengths, *self._pictures(mel))
 
     def _pictures(self, mel: Mel) -> tuple[Tensor, Tensor]:
-        """The spectrogram cut into tiles of fixed size, so that a clip's picture never depends on its batch."""
+        """The spectrogram cut into tiles of fixed size: a clip's pictures never depend on its batch."""
         lengths = -(-mel.lengths // TILE_FRAMES)
         rows = []
         for values, frames, tiles in zip(mel.values, mel.lengths.tolist(), lengths.tolist(), strict=True):

@@ -39,7 +39,7 @@ class SpeechEncoder(Protocol):
     dim: int
 
     def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
-        """Segments of 0.1 to 30 s to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4)."""
+        """Segments of up to 30 s to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4)."""
         ...
 
 

@@ -55,8 +55,8 @@ class SegmentConfig:
             raise ValueError("min_pause_s must be at least twice pad_s, or segments would overlap")
         if not (0 < self.keep_s <= self.min_s <= self.max_s / 4 and self.join_s <= self.max_s):
             raise ValueError("keep_s <= min_s <= max_s / 4 and join_s <= max_s must hold")
-        if not (self.whole_s >= 0 and self.min_pause_s < self.max_s / 4):
-            raise ValueError("whole_s may not be negative, and min_pause_s must be below max_s / 4")
+        if not (self.whole_s >= 0 and self.max_s >= 1):
+            raise ValueError("whole_s may not be negative, and max_s must be at least 1")
         if not 0 <= self.low_threshold <= self.threshold <= 1:
             raise ValueError("0 <= low_threshold <= threshold <= 1 must hold")
 
@@ -73,10 +73,10 @@ def split(
     """Yield the segments of one recording: in order, without overlap, each at most `config.max_s` long
     (or `config.whole_s` for the only segment of a short recording), with exactly the samples of its span.
 
-    blocks: the recording's samples in order, in pieces of any size; the cutting does not influence the result.
+    blocks: the recording's samples in order, in pieces of any size, which has no influence on the result.
     speech_probability: replaces Silero's voice activity model, for one recording.
 
-    Holds at most about four times `max_s` of samples. Where no speech is found, sound is not lost: a short
+    Holds at most about five times `max_s` of samples. Where no speech is found, sound is not lost: a short
     recording is yielded whole, and a longer one in equal windows, of which those without any peak of -80 dBFS
     are left out. If speech starts only later than three times `max_s`, the sound before it is yielded in
     windows too, for by then memory demands a decision. Sound between and after speech is left out.
@@ -91,7 +91,7 @@ def split(
     except IndexError:
         model = SileroVAD(SAMPLING_RATE)
     try:
-        yield from _split(blocks, config, lambda frame: float(model.process(memoryview(frame))))
+        yield from _split(blocks, config, lambda frame: float(model.process(frame.data)))
     finally:
         _idle_models.append(model)
 
@@ -194,7 +194,8 @@ class _Splitter:
             self._tape.append((frame, probability))
             self._now += len(frame)
             yield from self._listen(probability, self._now - len(frame))
-            if not self._found and self._now - self._taken >= 3 * self._max:
+            speech = self._found or self._open or self._waiting
+            if not speech and self._now - self._taken >= 3 * self._max:
                 yield from self._window(self._max)
             self._forget()
         yield from self._close()
@@ -244,6 +245,7 @@ class _Splitter:
         rest = _Run(place, run.end)
         run.end, run.cut = place, True
         yield from self._close()
+        yield from self._release()  # with what follows it would be too long
         self._open = rest
 
     def _close(self) -> Iterator[Segment]:
@@ -290,7 +292,6 @@ class _Splitter:
         oldest = self._waiting or self._open
         needed = self._taken
         if self._found:
-            # Two frames more for the average in `_cut`.
             needed = max(needed, (oldest.start if oldest else self._now) - self._pad)
         while self._tape and self._tape_start + FRAME_SAMPLES <= needed:
             self._tape_start += len(self._tape.popleft()[0])

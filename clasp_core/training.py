@@ -246,7 +246,7 @@ def fit(
             torch.nn.utils.clip_grad_norm_(fusion.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         history.append(
             {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
         )
@@ -298,7 +298,8 @@ class _Examples:
     def _tokens(self, example: tuple[int, int]) -> int:
         reading, place = example
         ends = self._readings[reading].speech_ends
-        return int(ends[place] - (ends[place - 1] if place else 0))
+        tokens: int = ends[place] - (ends[place - 1] if place else 0)
+        return tokens
 
     def _batch(self, chosen: Sequence[tuple[int, int]]) -> tuple[list[str], Features]:
         ids = []

@@ -31,7 +31,9 @@ def main() -> int:
         started = time.monotonic()
         _index(client, recordings)
         seconds = sum(recording["duration_s"] for recording in recordings)
-        print(f"{len(recordings)} recordings ({seconds:.0f} s) indexed in {time.monotonic() - started:.0f} s\n")
+        print(
+            f"{len(recordings)} recordings ({seconds:.0f} s) indexed in {time.monotonic() - started:.0f} s\n"
+        )
         right = sum([_ask(client, question) for question in questions])
     languages = len({question["lang"] for question in questions})
     print(f"\n{right} of {len(questions)} questions in {languages} languages found their recording first")
@@ -48,7 +50,11 @@ def _service(data_dir: Path) -> Iterator[httpx.Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CLASP_") or name in KEPT_SETTINGS}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("CLASP_") or name in KEPT_SETTINGS
+    }
     log_path = data_dir / "service.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -85,7 +91,11 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], lo
 def _index(client: httpx.Client, recordings: list[dict[str, Any]]) -> None:
     for recording in recordings:
         content = (SAMPLES / recording["audio"]).read_bytes()
-        form = {"id": recording["id"], "lang": recording["lang"], "metadata": json.dumps({"said": recording["text"]})}
+        form = {
+            "id": recording["id"],
+            "lang": recording["lang"],
+            "metadata": json.dumps({"said": recording["text"]}),
+        }
         client.post("/audio", files={"file": content}, data=form).raise_for_status()
     deadline = time.monotonic() + INDEX_WITHIN_S
     while time.monotonic() < deadline:

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ HEADS = 12
 LAYERS = 12
 MAX_TOKENS = 512
 _Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
+_Stored: TypeAlias = NDArray[Any]
+"""Float32 values, or Q4_0 blocks."""
 
 
 class _WordTable(nn.Module):
@@ -48,7 +51,7 @@ class _WordTable(nn.Module):
     scales: Tensor
     nibbles: Tensor
 
-    def __init__(self, blocks: NDArray[np.void]) -> None:
+    def __init__(self, blocks: _Stored) -> None:
         super().__init__()
         rows = blocks.reshape(-1, DIM // 32)
         self.register_buffer("scales", torch.from_numpy(rows["scale"].copy()))
@@ -79,7 +82,8 @@ class _Layer(nn.Module):
         )
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = self.aln(x + self.ao(attended.transpose(1, 2).reshape(batch, tokens, DIM)))
-        return self.oln(x + self.fo(F.gelu(self.fi(x))))
+        x = self.oln(x + self.fo(F.gelu(self.fi(x))))
+        return x
 
 
 class E5Encoder(nn.Module):
@@ -132,7 +136,7 @@ class _Contents:
     pieces: list[tuple[str, float]]
     unknown: int
     character_map: dict[int, str]
-    tensors: dict[str, NDArray[np.void] | NDArray[np.float32]]
+    tensors: dict[str, _Stored]
 
     def tokenizer(self) -> Tokenizer:
         """XLM-R's unigram tokenizer: token ids equal to the published tokenizer.json."""
@@ -187,23 +191,21 @@ def _character_map(data: bytes, entries: int) -> dict[int, str]:
     return mapping
 
 
-def _tensors(data: mmap.mmap, at: int) -> dict[str, NDArray[np.void] | NDArray[np.float32]]:
-    tensors: dict[str, NDArray[np.void] | NDArray[np.float32]] = {}
+def _tensors(data: mmap.mmap, at: int) -> dict[str, _Stored]:
+    tensors: dict[str, _Stored] = {}
     (count,) = struct.unpack_from("<i", data, at)
     at += 4
     for _ in range(count):
         (length,) = struct.unpack_from("<H", data, at)
         name = data[at + 2 : at + 2 + length].decode()
-        _, _, offset, size = struct.unpack_from("<BIQQ", data, at + 2 + length)
+        _, values, offset, size = struct.unpack_from("<BIQQ", data, at + 2 + length)
         at += 2 + length + 21
-        quantised = name == "emb.word" or (
-            name.startswith("l") and f"{name}"[-2:] == ".w" and "ln" not in name
-        )
+        quantised = size != 4 * values
         tensors[name] = np.frombuffer(data[offset : offset + size], _Q4_BLOCK if quantised else np.float32)
     return tensors
 
 
-def _floats(values: NDArray[np.void] | NDArray[np.float32]) -> Tensor:
+def _floats(values: _Stored) -> Tensor:
     """Flat float32 values, expanded where they are stored as Q4_0."""
     if values.dtype != _Q4_BLOCK:
         return torch.from_numpy(values.astype(np.float32))
@@ -211,9 +213,7 @@ def _floats(values: NDArray[np.void] | NDArray[np.float32]) -> Tensor:
     return torch.from_numpy((nibbles * values["scale"].astype(np.float32)[:, None]).ravel())
 
 
-def _fill(
-    module: nn.Module, tensors: Mapping[str, NDArray[np.void] | NDArray[np.float32]], name: str
-) -> None:
+def _fill(module: nn.Module, tensors: Mapping[str, _Stored], name: str) -> None:
     assert isinstance(module, nn.Linear | nn.LayerNorm)
     module.weight.data = _floats(tensors[f"{name}.w"]).view_as(module.weight)
     module.bias.data = _floats(tensors[f"{name}.b"]).view_as(module.bias)

@@ -42,7 +42,7 @@ _STAGES = (
 
 
 class _SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's padding: as much as makes the output ceil(size / stride), extra at the end."""
+    """Convolution with TensorFlow's padding: the output is ceil(size / stride), extra goes to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
@@ -99,7 +99,8 @@ class EfficientNetLite0(nn.Module):
         x = F.relu6(self._bn0(self._conv_stem(pictures)))
         for block in self._blocks:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+        pooled: Tensor = F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+        return pooled
 
     def classify(self, pictures: Tensor) -> Tensor:
         """ImageNet logits (batch, 1000): what the paper takes from its own EfficientNet-B7."""

@@ -67,7 +67,7 @@ class Frames(NamedTuple):
 
 
 class LogMel(nn.Module):
-    """Whisper's front end: 80 Slaney mels, 25 ms windows every 10 ms, log10, the top 8 decades, (x + 4) / 4."""
+    """Whisper's front end: 80 Slaney mels of 25 ms every 10 ms, log10, the top 8 decades, (x + 4) / 4."""
 
     window: Tensor
     filters: Tensor
@@ -118,7 +118,8 @@ class _Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, frames, DIM))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        mixed: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x + mixed
 
 
 class WhisperEncoder(nn.Module):
@@ -152,7 +153,7 @@ class WhisperEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "WhisperEncoder":
-        """The pretrained encoder from (the last part of) a CTranslate2 whisper-base `model.bin`, in eval mode."""
+        """The pretrained encoder, in eval mode, from (the last part of) CTranslate2's whisper-base."""
         encoder = cls()
         encoder.load_state_dict(_state_dict(_read_ctranslate2(path)))
         return encoder.eval().requires_grad_(False)
