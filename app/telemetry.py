@@ -37,6 +37,7 @@ def configure_logging(level: str) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _without_colour,
                 structlog.processors.EventRenamer("message"),
                 structlog.processors.JSONRenderer(ensure_ascii=False),
             ],
@@ -50,6 +51,11 @@ def configure_logging(level: str) -> None:
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True  # it writes query strings, that is, questions
     logging.getLogger("alembic").setLevel("WARNING")
+
+
+def _without_colour(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+    event.pop("color_message", None)  # uvicorn's duplicate of its message, for terminals
+    return event
 
 
 def request_id() -> str:

@@ -25,17 +25,23 @@ _WRITE_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 20
 """What a multipart body may hold besides the file."""
 
-_SERVED_SUBTYPES = (
-    "aac", "aiff", "flac", "m4a", "mp3", "mp4", "mpeg", "ogg", "opus", "vnd.wave", "wav", "wave", "webm",
-    "x-flac", "x-m4a", "x-wav",
-)  # fmt: skip
-SERVED_TYPES = frozenset({"video/mp4", "video/webm", *(f"audio/{name}" for name in _SERVED_SUBTYPES)})
-"""Types kept from an upload; anything else is served as application/octet-stream."""
+_SIGNATURES = (
+    (0, b"RIFF", "audio/wav"),
+    (0, b"fLaC", "audio/flac"),
+    (0, b"OggS", "audio/ogg"),
+    (0, b"ID3", "audio/mpeg"),
+    (0, b"\xff\xfb", "audio/mpeg"),
+    (0, b"\xff\xf3", "audio/mpeg"),
+    (0, b"\xff\xf1", "audio/aac"),
+    (0, b"FORM", "audio/aiff"),
+    (4, b"ftyp", "audio/mp4"),
+    (0, b"\x1aE\xdf\xa3", "audio/webm"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A sealed upload, the form's other fields as text, and the declared type of the sound."""
+    """A sealed upload, the form's other fields as text, and the media type its first bytes show."""
 
     upload: Upload
     fields: dict[str, str]
@@ -50,16 +56,16 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
     `malformed_request`, `upload_interrupted`.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
-    media_type = kind.decode("latin-1").lower()
+    declared_type = kind.decode("latin-1").lower()
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes + _MAX_OVERHEAD_BYTES:
         raise _too_large(max_bytes)
     with store.receive() as upload:
         sink: _RawSink
-        if media_type == "multipart/form-data":
+        if declared_type == "multipart/form-data":
             sink = _FormSink(options.get(b"boundary", b""))
-        elif media_type.startswith(("audio/", "video/")) or media_type == "application/octet-stream":
-            sink = _RawSink(media_type)
+        elif declared_type.startswith(("audio/", "video/")) or declared_type == "application/octet-stream":
+            sink = _RawSink()
         else:
             raise HttpError(
                 "unsupported_media_type",
@@ -81,8 +87,7 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
         await run_in_threadpool(_finish, upload, sink.take())
         if upload.size_bytes == 0:
             raise HttpError("empty_upload", "The uploaded file is empty.")
-        served = sink.media_type if sink.media_type in SERVED_TYPES else None
-        yield Received(upload, sink.fields, served)
+        yield Received(upload, sink.fields, _media_type(sink.head))
 
 
 def _finish(upload: Upload, rest: bytes) -> None:
@@ -94,20 +99,28 @@ def _too_large(max_bytes: int) -> HttpError:
     return HttpError("upload_too_large", f"The upload is larger than the {max_bytes} bytes accepted here.")
 
 
+def _media_type(head: bytes) -> str | None:
+    """What a recording is served as: by its content, since the declared type is the client's word."""
+    return next((kind for at, mark, kind in _SIGNATURES if head[at : at + len(mark)] == mark), None)
+
+
 class _RawSink:
     """A body that is the recording."""
 
-    def __init__(self, media_type: str) -> None:
+    def __init__(self) -> None:
         self.pending = bytearray()
         self.fields: dict[str, str] = {}
-        self.media_type = media_type
+        self.head = b""
 
     def feed(self, data: bytes) -> None:
         self.pending += data
 
     def take(self) -> bytes:
+        """What has come in since the last time."""
         taken = bytes(self.pending)
         self.pending.clear()
+        if len(self.head) < 16:
+            self.head += taken[:16]
         return taken
 
     def end(self) -> None:
@@ -118,7 +131,7 @@ class _FormSink(_RawSink):
     """A multipart/form-data body (RFC 7578): one file part, and small text fields."""
 
     def __init__(self, boundary: bytes) -> None:
-        super().__init__("")
+        super().__init__()
         if not boundary:
             raise _malformed("the multipart boundary is missing")
         self._header_name = b""
@@ -179,8 +192,6 @@ class _FormSink(_RawSink):
             if self._has_file:
                 raise _malformed("more than one recording; send one request for each")
             self._has_file = True
-            kind, _ = parse_options_header(self._headers.get(b"content-type", b""))
-            self.media_type = kind.decode("latin-1").lower()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name in FILE_FIELDS:

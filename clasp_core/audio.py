@@ -151,6 +151,9 @@ def _decode(file: AudioFile, max_duration_s: Seconds) -> Generator[Waveform, Non
     total, peak = 0, 0.0
     block, filled = np.empty(BLOCK_SAMPLES, np.float32), 0
     with _opened(file) as source:
+        source.seek(0)
+        if not source.read(1):
+            raise EmptyAudio("The file is empty; check that it was saved and sent completely.")
         for samples in _resampled(_mono(_frames(source, facts))):
             total += len(samples)
             if total > max_duration_s * SAMPLING_RATE + 1:  # resampling may round up by a sample

@@ -141,7 +141,8 @@ class MiniFusion(nn.Module):
         self.gate = nn.Linear(2 * DIM, DIM)
         nn.init.constant_(self.gate.bias, -2.0)
 
-    def forward(self, features: Features) -> Tensor:
+    def forward(self, features: Features, with_picture: Tensor | None = None) -> Tensor:
+        """`with_picture` (batch, 1): which clips' spectrogram branch counts; all, unless training says so."""
         valid = _valid(features.speech_lengths, features.speech.shape[1])
         x = self.speech_in(features.speech)
         x = self.speech_layers(x, src_key_padding_mask=~valid)
@@ -149,6 +150,8 @@ class MiniFusion(nn.Module):
         valid = _valid(features.picture_lengths, features.pictures.shape[1])
         picture = self.picture_pool(self.picture_in(features.pictures), valid)
         gate = torch.sigmoid(self.gate(torch.cat((speech, picture), dim=1)))
+        if with_picture is not None:
+            gate = gate * with_picture
         return F.normalize(speech + gate * picture, dim=1)
 
 

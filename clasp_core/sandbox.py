@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -196,9 +196,9 @@ def _with_descriptor(file: AudioFile) -> Iterator[BinaryIO]:
 
 
 class _Zygote:
-    """The helper process. `fork` and `kill` are called under `_lock` only."""
+    """The helper process, a Python running `program`. `fork` and `kill` are called under `_lock` only."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = ("-m", __name__)) -> None:
         self._socket, theirs = socket.socketpair()
         # Only what the imports need: no decoder should be able to read the service's secrets.
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -209,7 +209,7 @@ class _Zygote:
         }
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-P", *program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,
@@ -408,8 +408,12 @@ def _warm_up() -> None:
             list(audio.decode(io.BytesIO(file), max_duration_s=1))
 
 
-if __name__ == "__main__":
+def _main() -> None:
     _warm_up()
     _leave_network()
     with socket.socket(fileno=int(sys.argv[1])) as parent:
         _serve(parent)
+
+
+if __name__ == "__main__":
+    _main()

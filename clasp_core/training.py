@@ -48,13 +48,15 @@ class TrainingConfig:
     split: str = "train"
     speeds: tuple[float, ...] = (1.0,)
     epochs: int = 30
-    batch_size: int = 256
+    batch_size: int = 64
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     temperature: float = 0.05
     dropout: float = 0.2
     token_dropout: float = 0.1
+    picture_dropout: float = 0.5
+    """Share of examples that must do without their spectrogram branch."""
     width: int = 512
     layers: int = 2
     average_last: int = 5
@@ -239,7 +241,8 @@ def fit(
         losses = []
         for ids, features in examples:
             places = torch.tensor([place_of[item] for item in ids], device=device)
-            vectors = fusion(_drop_tokens(features, config.token_dropout).to(device))
+            with_picture = torch.rand(len(ids), 1) >= config.picture_dropout
+            vectors = fusion(_drop_tokens(features, config.token_dropout).to(device), with_picture.to(device))
             loss = _contrastive(vectors, places, targets, text_number, config.temperature)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -72,7 +72,8 @@ class Speaker:
         options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         bundle = workdir / "voices.npz"
-        np.savez(bundle, **{path.stem: read_voice(path) for path in sorted(voices_dir.glob("*.bin"))})
+        voices: dict[str, Any] = {path.stem: read_voice(path) for path in sorted(voices_dir.glob("*.bin"))}
+        np.savez(bundle, **voices)
         self._kokoro = Kokoro.from_session(session, str(bundle))
         self._mandarin = ZHG2P()
 
