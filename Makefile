@@ -2,7 +2,7 @@
 #   make demo    index the bundled recordings and ask about them in several languages
 #   make serve   serve on 127.0.0.1:8000
 #   make test    the test suite            make check   format, lint, types, import rules
-#   make bench   side-by-side measurements make openapi, make samples: regenerate what is pinned
+#   make bench   side-by-side measurements make golden  regenerate what tests pin
 # Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
 # whose default index serves CUDA builds (none is installed on a machine whose index serves CPU builds).
 
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check bench openapi train clean
+.PHONY: help demo serve test test-slow check bench golden train clean
 
 help:
 	@sed -n '2,5s/^# *//p' Makefile
@@ -49,7 +49,7 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
 
-openapi: $(VENV)/dev
+golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make
 
 train: $(VENV)/dev
