@@ -61,7 +61,7 @@ def _fail(reason: str) -> None:
     raise SystemExit(1)
 
 
-def _open_library(settings: Settings) -> "tuple[Model, Library]":
+def _open_library(settings: Settings, *, embed_anew: bool = False) -> "tuple[Model, Library]":
     from app.service import use_threads
     from clasp_core.library import Library
     from clasp_core.models import open_model
@@ -69,7 +69,11 @@ def _open_library(settings: Settings) -> "tuple[Model, Library]":
     use_threads(settings.threads)
     model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
     library = Library(
-        settings.data_dir, model=model.fingerprint, dim=model.dim, database_url=settings.database_url
+        settings.data_dir,
+        model=model.fingerprint,
+        dim=model.dim,
+        database_url=settings.database_url,
+        embed_anew=embed_anew,
     )
     return model, library
 
@@ -154,6 +158,22 @@ def _files(paths: list[Path]) -> Iterator[Path]:
             )
         else:
             yield path
+
+
+@cli.command(help="Embed anew, by the model set now, what another model embedded. Stop the service first.")
+def reindex(as_json: AsJson = False) -> None:
+    from app.indexing import embed_waiting
+
+    settings = Settings()
+    model, library = _open_library(settings, embed_anew=True)
+    try:
+        done = embed_waiting(library, model, settings=settings, quiet=as_json)
+    finally:
+        library.close()
+    if as_json:
+        _print_json({"embedded": done})
+    else:
+        sys.stdout.write(f"{done} recordings embedded\n")
 
 
 @cli.command(help="Find recordings by a question in any language.")
@@ -319,9 +339,8 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 def _normalized(text: str, lang: str | None) -> str:
-    from clasp_core.language import canonical_tag, normalize_text
-
     from clasp_core.errors import EmptyQuery
+    from clasp_core.language import canonical_tag, normalize_text
 
     normalized = normalize_text(text, canonical_tag(lang))
     if not normalized:

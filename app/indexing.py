@@ -79,6 +79,19 @@ def index_files(
     return outcome
 
 
+def embed_waiting(library: Library, model: Model, *, settings: Settings, quiet: bool) -> int:
+    """Embed everything that waits; how many recordings that were."""
+    ingester = Ingester(library, model.speech_encoder(), max_duration_s=settings.max_duration_s)
+    done = 0
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task("", total=library.catalog.counts().get("pending", 0))
+        while worked := ingester.step():
+            done += worked
+            progress.update(task, completed=done)
+    return done
+
+
 def _register(
     library: Library, path: Path, settings: Settings, lang: str | None, collection: str
 ) -> tuple[Recording, bool]:

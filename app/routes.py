@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import anyio
 import orjson
-from clasp_core.language import canonical_tag, normalize_text
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -30,6 +29,7 @@ from app.schemas import (
 from app.service import Service
 from clasp_core.catalog import Recording
 from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
+from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question, check_name
 from clasp_core.types import Seconds
 

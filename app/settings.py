@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that `clasp serve` binds to."""
     api_keys: Annotated[tuple[str, ...], NoDecode, Field(repr=False)] = ()
-    """Accepted keys (`Authorization: Bearer KEY` or `X-API-Key: KEY`), with commas between; empty: no key needed."""
+    """Accepted keys (`Authorization: Bearer KEY` or `X-API-Key: KEY`), comma-separated; none: open."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 1 << 30
     """Largest accepted upload."""
     max_duration_s: Annotated[float, Field(gt=0)] = 6 * 3600.0

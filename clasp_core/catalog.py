@@ -5,6 +5,7 @@ lasts, then `ready` or `failed`. Every transition is one transaction. Whoever ke
 vector index) follows `changes`: each row says "this recording is not what it was", in commit order.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,11 +108,18 @@ class NewRecording:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedSegment:
-    """A segment as it is stored: seconds from the start of its recording, and its unit vector (dim,)."""
+    """A segment as it is stored: seconds from the start of its recording, and its unit vector (dim,).
+
+    ValueError for any other vector: one NaN committed would stop every replica at that change.
+    """
 
     start_s: Seconds
     end_s: Seconds
     vector: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if not abs(float(np.linalg.norm(self.vector)) - 1) < 1e-3:
+            raise ValueError("a segment's vector is not finite and of unit length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +169,15 @@ class Catalog:
     def register(self, new: NewRecording, place: Callable[[], None]) -> tuple[Recording, bool]:
         """Make a pending recording, or find the one that has these bytes already.
 
-        Returns (recording, created). `place` stores the bytes; it runs under the write lock, before
-        the row exists, so no row is ever without its bytes and no sweep can take them between.
-        A recording whose workers kept dying is tried afresh when its bytes come again.
+        Returns (recording, created). `place` stores the bytes, unless they are there; it runs under the
+        write lock, before the row exists, so no row is ever without its bytes and no sweep can take them
+        between. A recording that failed with `processing_failed` is tried afresh when its bytes come again.
         Raises IdConflict where the id belongs to another recording.
         """
         with self._write() as db:
             same = (_recordings.c.collection == new.collection) & (_recordings.c.sha256 == new.sha256)
             if (found := _one(db, same)) is not None:
+                place()
                 if found.error_code == ProcessingFailed.code:
                     self._set(db, found.key, status="pending", attempts=0, error_code=None, error_detail=None)
                 return self._by_key(db, found.key), False
@@ -248,6 +257,25 @@ class Catalog:
         query = sa.select(_recordings.c.model).distinct().where(_recordings.c.model != fingerprint)
         with self._read() as db:
             return sorted(db.execute(query).scalars())
+
+    def embed_anew(self, fingerprint: str) -> int:
+        """Drop the vectors that are by any other model; their recordings wait to be embedded again."""
+        others = _recordings.c.model != fingerprint
+        with self._write() as db:
+            keys = db.execute(sa.select(_recordings.c.key).where(others)).scalars().all()
+            db.execute(
+                sa.delete(_segments).where(
+                    _segments.c.recording.in_(sa.select(_recordings.c.key).where(others))
+                )
+            )
+            db.execute(
+                sa.update(_recordings)
+                .where(others)
+                .values(status="pending", model=None, segments=None, attempts=0, lease_owner=None)
+            )
+            if keys:
+                db.execute(sa.insert(_changes), [{"recording": key} for key in keys])
+        return len(keys)
 
     # --- jobs
 
@@ -353,7 +381,7 @@ class Catalog:
             return int(db.execute(sa.select(sa.func.coalesce(sa.func.max(_changes.c.seq), 0))).scalar_one())
 
     def changes(self, after: int, *, limit: int, dim: int) -> Changes | None:
-        """The next `limit` changes after number `after`, with the vectors as they are now; None at the end."""
+        """The next `limit` changes after number `after`, with the vectors as they are now; None if none."""
         with self._read() as db:
             query = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq).limit(limit)
             rows = db.execute(query).all()
@@ -427,16 +455,20 @@ class Catalog:
 
 
 def _member(name: str, value: str | float | bool) -> sa.ColumnElement[bool]:
-    """That a top-level member of the metadata has this value."""
-    member = _recordings.c.metadata[name]
-    typed: sa.ColumnElement[Any]
+    """That a top-level member of the metadata has this value: 1 is 1.0, but neither true nor "1".
+
+    Not by SQLAlchemy's `metadata[name]`: it builds a JSON path, in which SQLite finds no name that
+    JSON had to escape ("نام" among them), and a comparison without types, in which "x" is 0.
+    """
+    members = sa.func.json_each(_recordings.c.metadata).table_valued("key", "value", "type")
     if isinstance(value, bool):
-        typed = member.as_boolean()
+        same = members.c.type == ("true" if value else "false")
     elif isinstance(value, str):
-        typed = member.as_string()
+        same = (members.c.type == "text") & (members.c.value == value)
     else:
-        typed = member.as_float()
-    return typed == value
+        number = float(value) if abs(value) >= 2**63 else value  # SQLite's integers have 64 bits
+        same = members.c.type.in_(("integer", "real")) & (members.c.value == number)
+    return sa.exists().where((members.c.key == name) & same)
 
 
 def _without_suspects(candidates: Sequence[Any]) -> list[int]:
@@ -476,12 +508,17 @@ def _create_engine(url: str) -> sa.Engine:
     return engine
 
 
+_migrating = threading.Lock()
+"""Alembic keeps what it is migrating in module globals."""
+
+
 def _migrate(db: sa.Connection) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = db
     try:
-        alembic.command.upgrade(config, "head")
+        with _migrating:
+            alembic.command.upgrade(config, "head")
     except alembic.util.CommandError as error:
         raise DataMismatch(
             f"The catalogue was written by a newer version of this program ({error}). Use that version, or"

@@ -78,8 +78,8 @@ class VectorIndex:
         """
         _check(changes.vectors, self.dim)
         numbers = (changes.owners << _ORDINAL_BITS) | changes.ordinals
-        known = changes.recordings & self._recordings
         with self._lock.gen_wlock():
+            known = changes.recordings & self._recordings
             if known:
                 stale = np.isin(self._numbers() >> _ORDINAL_BITS, np.fromiter(known, np.int64))
                 self._faiss.remove_ids(self._numbers()[stale])
@@ -186,7 +186,7 @@ class VectorIndex:
                 return
             temporary = folder / "saving.faiss"
             with self._lock.gen_rlock():
-                name = f"vectors-{self.seq}.faiss"
+                name = _file_name(self.seq)
                 faiss.write_index(self._faiss, str(temporary))
                 snapshot = Snapshot(1, name, sha256_of(temporary), len(self), self.dim, self.model, self.seq)
             _place(temporary, folder / name)
@@ -203,9 +203,11 @@ class VectorIndex:
         index = cls(dim, model)
         with suppress(OSError, ValueError, TypeError, RuntimeError):
             snapshot = Snapshot(**json.loads((folder / "manifest.json").read_text()))
-            path = folder / Path(snapshot.file).name
             if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
                 return index
+            if snapshot.file != _file_name(snapshot.seq):
+                return index
+            path = folder / snapshot.file
             if sha256_of(path) != snapshot.sha256:
                 return index
             loaded = faiss.read_index(str(path))
@@ -231,7 +233,7 @@ class _Selector:
         self.numbers = numbers
         self.count = int(inside.sum())
         self._bits = np.packbits(inside, bitorder="little")
-        bitmap = faiss.IDSelectorBitmap(len(numbers), faiss.swig_ptr(self._bits))
+        bitmap = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
         self.parameters = faiss.SearchParameters(sel=bitmap)
 
 
@@ -240,6 +242,11 @@ def _check(vectors: Embeddings, dim: int) -> None:
         raise ValueError(f"vectors of shape {vectors.shape}; the index holds {dim} numbers each")
     if len(vectors) and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise ValueError("a vector is not finite and of unit length")
+
+
+def _file_name(seq: int) -> str:
+    """A snapshot's name repeats its `seq`, so that a damaged manifest contradicts itself."""
+    return f"vectors-{seq:d}.faiss"
 
 
 def _place(temporary: Path, final: Path) -> None:

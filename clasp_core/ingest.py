@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
-from clasp_core.errors import ClaspError, InvalidAudio, SilentAudio
+from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
 from clasp_core.library import Library
 from clasp_core.models import SpeechEncoder
 from clasp_core.segmenting import SegmentConfig, split
@@ -91,6 +91,11 @@ class Ingester:
         with _Heartbeat(lambda: self._library.catalog.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
+            except NotReady:
+                # the machine's trouble, not the recordings': they wait, and no attempt is counted
+                _log.exception("processing is not possible now")
+                self._library.catalog.release(self.owner)
+                return 0
             except Exception:
                 # counted against the recordings, which are tried alone from now on, a bounded number of times
                 _log.exception("processing failed", extra={"recordings": [item.id for item in leased]})
@@ -142,7 +147,7 @@ class Ingester:
         except InvalidAudio as error:
             job.error = error
         except FileNotFoundError:
-            job.error = InvalidAudio("The stored bytes of this recording are missing; upload it again.")
+            job.error = ProcessingFailed("The stored bytes of this recording are missing; upload it again.")
 
     def _commit(self, job: _Job) -> None:
         catalog, key = self._library.catalog, job.recording.key

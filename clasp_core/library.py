@@ -7,6 +7,7 @@ Embedding the recordings is `clasp_core.ingest`, which may run in another proces
 
 import base64
 import binascii
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,20 @@ class Question:
 class Library:
     """Thread-safe; any number of processes may open the same data directory."""
 
-    def __init__(self, data_dir: Path, *, model: str, dim: int, database_url: str | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        model: str,
+        dim: int,
+        database_url: str | None = None,
+        embed_anew: bool = False,
+    ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors here must be by.
 
-        Raises DataMismatch where the directory holds vectors of another model, or was written by a
-        newer version.
+        Where the directory holds vectors of another model, raises DataMismatch; or, with `embed_anew`,
+        drops them and has their recordings embedded again. DataMismatch also where a newer version of
+        this program wrote it.
         """
         data_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
@@ -63,7 +73,10 @@ class Library:
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
         self._saved_seq = 0
+        if embed_anew:
+            self.catalog.embed_anew(model)
         if others := self.catalog.other_models(model):
+            self.catalog.close()
             raise DataMismatch(
                 f"{data_dir} holds vectors made by another model ({', '.join(others)}; this one is {model})."
                 " Run `clasp reindex` to embed the recordings anew, or use another CLASP_DATA_DIR."
@@ -97,7 +110,7 @@ class Library:
             size_bytes=upload.size_bytes,
             media_type=media_type,
             lang=canonical_tag(lang),
-            metadata=metadata or {},
+            metadata=_plain_json(metadata or {}),
         )
         return self.catalog.register(new, lambda: self.store.place(upload))
 
@@ -210,6 +223,15 @@ def check_name(field: str, value: str) -> str:
             f"{field} must be 1 to 128 letters, digits or . _ : - (ASCII), not beginning with a dot."
         )
     return value
+
+
+def _plain_json(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata that JSON can hold: a NaN, which Python would write, makes the row unreadable in SQL."""
+    try:
+        json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidField(f"metadata is not a JSON object: {error}.") from error
+    return metadata
 
 
 def _encode_cursor(key: int) -> str:

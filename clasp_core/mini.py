@@ -126,7 +126,9 @@ class MiniFusion(nn.Module):
         super().__init__()
         self.config = {"width": width, "layers": layers, "heads": heads}
         self.register_buffer("text_mean", torch.zeros(DIM))
-        self.speech_in = nn.Sequential(nn.LayerNorm(2 * FRAME_DIM), nn.Linear(2 * FRAME_DIM, width))
+        self.speech_in = nn.Sequential(
+            nn.LayerNorm(2 * FRAME_DIM), nn.Dropout(dropout), nn.Linear(2 * FRAME_DIM, width)
+        )
         layer = nn.TransformerEncoderLayer(
             width, heads, 2 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )

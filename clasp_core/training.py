@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,9 @@ class TrainingConfig:
     token_dropout: float = 0.1
     picture_dropout: float = 0.5
     """Share of examples that must do without their spectrogram branch."""
+    pairs: int = 0
+    """Sentences made of two items of one language; `pair_share` of the number of items is drawn per epoch."""
+    pair_share: float = 0.5
     width: int = 512
     layers: int = 2
     average_last: int = 5
@@ -84,7 +88,7 @@ def read_config(path: Path) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FeatureSet:
     """Encoder features of one reading of a manifest, ragged rows laid end to end, float16.
 
@@ -97,10 +101,17 @@ class FeatureSet:
     pictures: NDArray[np.float16]
     picture_ends: NDArray[np.int64]
 
-    def batch(self, places: Sequence[int]) -> Features:
-        speech = [self._row(self.speech, self.speech_ends, place) for place in places]
-        pictures = [self._row(self.pictures, self.picture_ends, place) for place in places]
-        return Features(*_padded(speech), *_padded(pictures))
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """Where each item is."""
+        return {str(item): place for place, item in enumerate(self.ids)}
+
+    def item(self, item: str) -> Features:
+        """One item's features, as a batch of one."""
+        place = self.place[item]
+        speech = self._row(self.speech, self.speech_ends, place)
+        pictures = self._row(self.pictures, self.picture_ends, place)
+        return Features(*_padded([speech]), *_padded([pictures]))
 
     @staticmethod
     def _row(values: NDArray[np.float16], ends: NDArray[np.int64], place: int) -> Tensor:
@@ -217,19 +228,19 @@ def fit(
     torch.manual_seed(config.seed)
     random = np.random.default_rng(config.seed)
     device = resolve_device(config.device)
-    texts = {item.id: normalize_text(item.text, item.lang) for item in items}
-    raw = embed_texts(list(texts.values()), config.models_dir)
-    mean = raw.mean(0)
+    sentences = _sentences(config, items, readings, random)
+    raw = embed_texts([sentence.text for sentence in sentences], config.models_dir)
+    mean = raw[: len(items)].mean(0)
     targets = F.normalize(raw - mean, dim=1).to(device)
-    place_of = {item: place for place, item in enumerate(texts)}
-    same_text = {text: number for number, text in enumerate(dict.fromkeys(map(match_key, texts.values())))}
-    text_number = torch.tensor([same_text[match_key(text)] for text in texts.values()], device=device)
-
+    numbers: dict[str, int] = {}
+    text_number = torch.tensor(
+        [numbers.setdefault(match_key(sentence.text), len(numbers)) for sentence in sentences], device=device
+    )
     fusion = MiniFusion(config.width, config.layers, dropout=config.dropout).to(device)
     fusion.text_mean.copy_(mean)
     optimizer = torch.optim.AdamW(fusion.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    examples = _Examples(config, items, readings, random)
-    steps = config.epochs * len(examples)
+    batches = _Batches(config, sentences, readings, random)
+    steps = config.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _cosine(step, config.warmup_steps, steps)
     )
@@ -239,9 +250,9 @@ def fit(
         started = time.monotonic()
         fusion.train()
         losses = []
-        for ids, features in examples:
-            places = torch.tensor([place_of[item] for item in ids], device=device)
-            with_picture = torch.rand(len(ids), 1) >= config.picture_dropout
+        for chosen, features in batches:
+            places = torch.tensor(chosen, device=device)
+            with_picture = torch.rand(len(chosen), 1) >= config.picture_dropout
             vectors = fusion(_drop_tokens(features, config.token_dropout).to(device), with_picture.to(device))
             loss = _contrastive(vectors, places, targets, text_number, config.temperature)
             optimizer.zero_grad()
@@ -260,60 +271,109 @@ def fit(
     return fusion.eval(), history
 
 
-class _Examples:
-    """Batches of (ids, features) of like length, drawn anew at each iteration."""
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    """A training target: a normalised text, and the items that say it, one after the other."""
+
+    text: str
+    items: tuple[str, ...]
+    weight: float
+    tokens: int
+
+
+def _sentences(
+    config: TrainingConfig,
+    items: Sequence[ManifestItem],
+    readings: Sequence[FeatureSet],
+    random: np.random.Generator,
+) -> list[_Sentence]:
+    """Every item that all readings have, and then `config.pairs` random pairs of one language.
+
+    A pair is two recordings played one after the other, with the two texts as its text: new sentences
+    out of known words, which keep the fusion from learning recordings by heart.
+    """
+    tokens = {
+        str(item): int(count)
+        for item, count in zip(readings[0].ids, np.diff(readings[0].speech_ends, prepend=0), strict=True)
+    }
+    usable = [item for item in items if all(item.id in reading.place for reading in readings)]
+    singles = [
+        _Sentence(
+            normalize_text(item.text, item.lang),
+            (item.id,),
+            config.weights.get(item.source or "", 1.0),
+            tokens[item.id],
+        )
+        for item in usable
+    ]
+    by_language: dict[str | None, list[_Sentence]] = {}
+    for item, sentence in zip(usable, singles, strict=True):
+        by_language.setdefault(item.lang, []).append(sentence)
+    groups = list(by_language.values())
+    shares = np.array([len(group) for group in groups]) / len(singles)
+    pairs: list[_Sentence] = []
+    while len(pairs) < config.pairs:
+        group = groups[int(random.choice(len(groups), p=shares))]
+        first, second = (group[place] for place in random.integers(len(group), size=2))
+        if first.tokens + second.tokens <= _PAIR_TOKENS:
+            pairs.append(
+                _Sentence(
+                    f"{first.text} {second.text}",
+                    first.items + second.items,
+                    config.pair_share * len(singles) / config.pairs,
+                    first.tokens + second.tokens,
+                )
+            )
+    return singles + pairs
+
+
+_PAIR_TOKENS = 60
+"""12 s: about the longest segment that is served."""
+
+
+class _Batches:
+    """Batches of (places of sentences, features), drawn anew at each iteration.
+
+    Sentences of like length share a batch: less padding, and harder negatives.
+    """
 
     def __init__(
         self,
         config: TrainingConfig,
-        items: Sequence[ManifestItem],
+        sentences: Sequence[_Sentence],
         readings: Sequence[FeatureSet],
         random: np.random.Generator,
     ) -> None:
-        weight = {item.id: config.weights.get(item.source or "", 1.0) for item in items}
+        self._sentences = sentences
         self._readings = readings
         self._random = random
         self._batch_size = config.batch_size
-        self._weights = [np.array([weight[item] for item in reading.ids.tolist()]) for reading in readings]
+        self._weights = np.array([sentence.weight for sentence in sentences])
 
     def __len__(self) -> int:
-        return math.ceil(sum(self._weights[0]) / self._batch_size)
+        return math.ceil(self._weights.sum() / self._batch_size)
 
-    def __iter__(self) -> Iterator[tuple[list[str], Features]]:
-        """Every item about as often as its weight says, each time in a reading chosen at random."""
-        drawn: list[tuple[int, int]] = []
-        count = len(self._readings[0].ids)
-        for place in range(count):
-            times = self._weights[0][place]
-            whole = int(times) + (self._random.random() < times % 1)
-            drawn += [(int(self._random.integers(len(self._readings))), place) for _ in range(whole)]
-        # Clips of like length share a batch: less padding, and harder negatives.
-        shuffled = [drawn[number] for number in self._random.permutation(len(drawn))]
+    def __iter__(self) -> Iterator[tuple[list[int], Features]]:
+        """Every sentence about as often as its weight says, each time in a reading chosen at random."""
+        times = np.floor(self._weights + self._random.random(len(self._weights))).astype(int)
+        drawn = self._random.permutation(np.repeat(np.arange(len(times)), times))
         group = 16 * self._batch_size
         batches = []
-        for start in range(0, len(shuffled), group):
-            alike = sorted(shuffled[start : start + group], key=self._tokens)
+        for start in range(0, len(drawn), group):
+            alike = sorted(drawn[start : start + group].tolist(), key=lambda n: self._sentences[n].tokens)
             batches += [alike[at : at + self._batch_size] for at in range(0, len(alike), self._batch_size)]
         for number in self._random.permutation(len(batches)):
             if len(batches[number]) >= self._batch_size // 4:
-                yield self._batch(batches[number])
+                yield batches[number], self._features(batches[number])
 
-    def _tokens(self, example: tuple[int, int]) -> int:
-        reading, place = example
-        ends = self._readings[reading].speech_ends
-        tokens: int = ends[place] - (ends[place - 1] if place else 0)
-        return tokens
-
-    def _batch(self, chosen: Sequence[tuple[int, int]]) -> tuple[list[str], Features]:
-        ids = []
-        rows = []
-        for reading, place in chosen:
-            reading_set = self._readings[reading]
-            ids.append(str(reading_set.ids[place]))
-            rows.append(reading_set.batch([place]))
-        speech = _padded([row.speech[0] for row in rows])
-        pictures = _padded([row.pictures[0] for row in rows])
-        return ids, Features(*speech, *pictures)
+    def _features(self, chosen: Sequence[int]) -> Features:
+        speech, pictures = [], []
+        for number in chosen:
+            reading = self._readings[int(self._random.integers(len(self._readings)))]
+            parts = [reading.item(item) for item in self._sentences[number].items]
+            speech.append(torch.cat([part.speech[0] for part in parts]))
+            pictures.append(torch.cat([part.pictures[0] for part in parts]))
+        return Features(*_padded(speech), *_padded(pictures))
 
 
 def _contrastive(

@@ -75,8 +75,8 @@ class _MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.skips else y
+        projected: Tensor = self._bn2(self._project_conv(y))
+        return x + projected if self.skips else projected
 
 
 class EfficientNetLite0(nn.Module):
