@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -16,10 +16,6 @@ from rich.table import Table
 
 from app.settings import Settings
 from clasp_core.errors import ClaspError
-
-if TYPE_CHECKING:
-    from clasp_core.library import Library
-    from clasp_core.models import Model
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -59,23 +55,6 @@ def main() -> None:
 def _fail(reason: str) -> None:
     sys.stderr.write(f"clasp: {reason}\n")
     raise SystemExit(1)
-
-
-def _open_library(settings: Settings, *, embed_anew: bool = False) -> "tuple[Model, Library]":
-    from app.service import use_threads
-    from clasp_core.library import Library
-    from clasp_core.models import open_model
-
-    use_threads(settings.threads)
-    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
-    library = Library(
-        settings.data_dir,
-        model=model.fingerprint,
-        dim=model.dim,
-        database_url=settings.database_url,
-        embed_anew=embed_anew,
-    )
-    return model, library
 
 
 @cli.command(help=_SERVE_HELP)
@@ -121,9 +100,10 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     from app.indexing import index_files
+    from app.opening import open_configured_library
 
     settings = Settings()
-    model, library = _open_library(settings)
+    model, library = open_configured_library(settings)
     try:
         outcome = index_files(
             library,
@@ -163,9 +143,10 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 @cli.command(help="Embed anew, by the model set now, what another model embedded. Stop the service first.")
 def reindex(as_json: AsJson = False) -> None:
     from app.indexing import embed_waiting
+    from app.opening import open_configured_library
 
     settings = Settings()
-    model, library = _open_library(settings, embed_anew=True)
+    model, library = open_configured_library(settings, embed_anew=True)
     try:
         done = embed_waiting(library, model, settings=settings, quiet=as_json)
     finally:
@@ -184,10 +165,11 @@ def search(
     collection: Annotated[str | None, typer.Option(help="Search this collection only.")] = None,
     as_json: AsJson = False,
 ) -> None:
+    from app.opening import open_configured_library
     from clasp_core.catalog import Filter
     from clasp_core.library import Question
 
-    model, library = _open_library(Settings())
+    model, library = open_configured_library(Settings())
     try:
         vectors = model.text_encoder().encode([_normalized(text, lang)])
         (hits,) = library.search(vectors, [Question(limit, Filter(collection=collection))])
@@ -229,15 +211,13 @@ def embed(
     lang: Lang = None,
     as_json: AsJson = True,
 ) -> None:
-    from app.service import use_threads
+    from app.opening import open_configured_model
     from clasp_core.ingest import embed_recording, mean_vector
-    from clasp_core.models import open_model
 
     if (text is None) == (audio is None):
         raise typer.BadParameter("give either --text or --audio")
     settings = Settings()
-    use_threads(settings.threads)
-    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
+    model = open_configured_model(settings)
     if audio is not None:
         encoder = model.speech_encoder()
         vector = mean_vector(embed_recording(encoder, audio, max_duration_s=settings.max_duration_s))
@@ -257,15 +237,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    from app.service import use_threads
+    from app.opening import open_configured_model
     from clasp_core.evaluation import evaluate_manifest
-    from clasp_core.models import open_model
 
     if protocol not in ("clean", "paper"):
         raise typer.BadParameter("--protocol is clean or paper")
-    settings = Settings()
-    use_threads(settings.threads)
-    evaluated = open_model(model or settings.model, models_dir=settings.models_dir, device=settings.device)
+    evaluated = open_configured_model(Settings(), model)
     report = evaluate_manifest(
         evaluated,
         manifest,

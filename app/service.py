@@ -6,19 +6,17 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-import faiss
 import numpy as np
 import structlog
-import torch
 from numpy.typing import NDArray
 
 from app.answering import Answerer
+from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.workers import Supervisor
 from clasp_core.ingest import embed_recording, mean_vector
-from clasp_core.library import Library
-from clasp_core.models import SpeechEncoder, open_model
+from clasp_core.models import SpeechEncoder
 from clasp_core.types import Seconds
 
 _log = structlog.get_logger()
@@ -27,29 +25,14 @@ SAVE_EVERY_S: Seconds = 60.0
 MAX_QUERY_RECORDING_S: Seconds = 60.0
 
 
-def use_threads(threads: int) -> None:
-    """Bound the CPU threads of this process's models; 0 means half of the cores."""
-    import os
-
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) // 2))
-    faiss.omp_set_num_threads(1)  # one query gains nothing from more, and suffers under load
-
-
 class Service:
     """The library, the text encoder's thread, and the ingest workers. Ready before it serves."""
 
     def __init__(self, settings: Settings) -> None:
         """Opens and loads everything. Raises ClaspError where the service cannot run."""
-        use_threads(settings.threads)
         self.settings = settings
         self.metrics = Metrics()
-        self.model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
-        self.library = Library(
-            settings.data_dir,
-            model=self.model.fingerprint,
-            dim=self.model.dim,
-            database_url=settings.database_url,
-        )
+        self.model, self.library = open_configured_library(settings)
         self.library.tidy()
         self.library.refresh()
         encoder = self.model.text_encoder()

@@ -15,12 +15,11 @@ from uuid import uuid4
 import orjson
 import structlog
 
+from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from clasp_core.catalog import Catalog
 from clasp_core.ingest import Ingester, Timings
-from clasp_core.library import Library
-from clasp_core.models import open_model
 from clasp_core.types import Seconds
 
 _log = structlog.get_logger()
@@ -34,13 +33,7 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
     """Be an ingest worker until stopped: by SIGTERM or SIGINT, or when the supervisor is gone."""
     import signal
 
-    from app.service import use_threads
-
-    use_threads(settings.threads)
-    model = open_model(settings.model, models_dir=settings.models_dir, device=settings.device)
-    library = Library(
-        settings.data_dir, model=model.fingerprint, dim=model.dim, database_url=settings.database_url
-    )
+    model, library = open_configured_library(settings)
     ingester = Ingester(
         library,
         model.speech_encoder(),

@@ -26,8 +26,10 @@ from clasp_core.types import Embeddings
 _ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
 
+# One query gains nothing from more threads, and suffers under load.
+faiss.omp_set_num_threads(1)
 # FAISS uses matrix products only for batches where queries x dim reaches this; its default (128,000)
-# leaves all of ours one by one. See docs/decisions.
+# leaves all of ours one by one. See docs/decisions.md.
 faiss.cvar.distance_compute_blas_threshold = 3072
 
 

@@ -9,6 +9,7 @@ the process that answers questions needs the text side only, and the one that in
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,13 @@ class _MiniModel:
 
         trained = Part("fusion", "trained by this project", "MIT", self._fusion_path)
         return [*(part(role, weights) for role, weights in PRETRAINED.items()), trained]
+
+
+def use_threads(threads: int) -> None:
+    """Bound the CPU threads of this process's models; 0 means half of the cores, at least one."""
+    import torch
+
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) // 2))
 
 
 def resolve_device(device: str) -> "torch.device":

@@ -3,8 +3,8 @@
 Owns the processes, their limits and the pipe; formats and refusals are `clasp_core.audio`'s.
 
 The parent keeps one *zygote*, a process that has imported the decoders and forgone the network. For each
-recording the zygote forks a child, which costs milliseconds. The child holds four descriptors (two of them
-/dev/null) and may not open a fifth, has little memory and CPU time, and sends frames through a pipe:
+recording the zygote forks a child, which costs milliseconds. The child holds five descriptors (three of
+them /dev/null) and cannot open a sixth, has little memory and CPU time, and sends frames through a pipe:
 
     one byte of kind, four bytes of length (big-endian), payload
     A  float32 samples        E  JSON {code, detail}, the end        Z  JSON of an AudioInfo, the end
@@ -377,6 +377,7 @@ def _answer(file: BinaryIO, sink: int, max_duration_s: Seconds) -> None:
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
+_NOBODY = 65_534
 
 
 def _prctl(option: int, value: int) -> None:
@@ -384,11 +385,21 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _leave_network() -> None:
-    """Enter an empty network, and a user namespace without rights over anything; where the kernel lets us."""
+def _drop_rights() -> None:
+    """Enter an empty network and become nobody, as far as the kernel and our rights allow."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+    _unshare(_CLONE_NEWNET)  # granted to root only, who must ask before stepping down
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # root's processes are exempt from RLIMIT_NPROC
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+
+
+def _unshare(what: int) -> None:
+    with contextlib.suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).unshare(what)
 
 
 def _mapped_bytes() -> int:
@@ -410,7 +421,7 @@ def _warm_up() -> None:
 
 def _main() -> None:
     _warm_up()
-    _leave_network()
+    _drop_rights()
     with socket.socket(fileno=int(sys.argv[1])) as parent:
         _serve(parent)
 

@@ -351,7 +351,7 @@ class _Batches:
         self._weights = np.array([sentence.weight for sentence in sentences])
 
     def __len__(self) -> int:
-        return math.ceil(self._weights.sum() / self._batch_size)
+        return math.ceil(float(self._weights.sum()) / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[list[int], Features]]:
         """Every sentence about as often as its weight says, each time in a reading chosen at random."""

@@ -65,9 +65,21 @@ class RunningService:
     def worker_pids(self) -> list[int]:
         """Processes of this service's workers, found by their parent."""
         assert self.process is not None
-        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True
+        )
         lines = found.stdout.decode().splitlines()
         return [int(line.split()[0]) for line in lines if " worker " in line]
+
+    def descendants(self) -> list[int]:
+        """Every process below the API process: workers and decoders."""
+        assert self.process is not None
+        found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, check=True)
+        pairs = [tuple(map(int, line.split())) for line in found.stdout.decode().splitlines()]
+        below = [self.process.pid]
+        for parent in below:
+            below += [pid for pid, ppid in pairs if ppid == parent]
+        return below[1:]
 
     def kill(self) -> None:
         """The API process dies as by a power cut; its workers notice."""

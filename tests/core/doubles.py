@@ -1,0 +1,128 @@
+"""Small real encoders and short ways to fill a library, for tests of what surrounds the models.
+
+The encoders keep the promises of `clasp_core.models` (unit rows, no row depends on another, the same
+input gives the same vector), cost microseconds, and understand nothing.
+"""
+
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording
+from clasp_core.library import Library
+from clasp_core.types import Embeddings, Waveform
+from tests.audio_files import encode, tone
+
+DIM = 16
+MODEL = "0123456789abcdef"
+
+
+class SpectralSpeechEncoder:
+    """A fixed random projection of how loud each of 32 bands of frequency is."""
+
+    dim = DIM
+
+    def __init__(self) -> None:
+        self._projection = np.random.default_rng(1).normal(size=(32, DIM))
+
+    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+        return np.stack([self._vector(waveform) for waveform in waveforms])
+
+    def _vector(self, waveform: Waveform) -> NDArray[np.float32]:
+        bands = np.array_split(np.abs(np.fft.rfft(waveform, 4096)), 32)
+        loudness = np.log1p([band.mean() for band in bands])
+        return unit(loudness @ self._projection)
+
+
+class LetterTextEncoder:
+    """A fixed random projection of which letters a text has, by their numbers modulo 64."""
+
+    dim = DIM
+
+    def __init__(self) -> None:
+        self._projection = np.random.default_rng(2).normal(size=(64, DIM))
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        counts = [np.bincount([ord(letter) % 64 for letter in text] or [0], minlength=64) for text in texts]
+        return unit(np.stack(counts) @ self._projection)
+
+
+def unit(vectors: NDArray[np.floating]) -> Embeddings:
+    """The same directions at length one."""
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def random_vectors(seed: int, count: int, dim: int = DIM) -> Embeddings:
+    return unit(np.random.default_rng(seed).normal(size=(count, dim)))
+
+
+def wav_bytes(frequency: float = 440.0, seconds: float = 0.5) -> bytes:
+    """A tone in a file; files of different frequency have different bytes and different vectors."""
+    return encode(tone(seconds, frequency=frequency), 16_000)
+
+
+def segments_of(vectors: Embeddings) -> list[EmbeddedSegment]:
+    """One second for each vector."""
+    return [EmbeddedSegment(float(i), i + 1.0, vector) for i, vector in enumerate(vectors)]
+
+
+# --- a catalogue without audio
+
+_contents = (f"{number:064x}" for number in itertools.count(1))
+
+
+def register(catalog: Catalog, recording_id: str, **fields: object) -> Recording:
+    """A pending recording of bytes that no other has, unless `sha256` says so."""
+    defaults = {
+        "collection": "default",
+        "sha256": next(_contents),
+        "size_bytes": 1,
+        "media_type": None,
+        "lang": None,
+        "metadata": {},
+    }
+    new = NewRecording(**(defaults | fields | {"id": recording_id}))  # type: ignore[arg-type]
+    return catalog.register(new, lambda: None)[0]
+
+
+def complete(catalog: Catalog, recording: Recording, vectors: Embeddings, model: str = MODEL) -> bool:
+    """Embed one recording of a catalogue in which no other is waiting."""
+    owner = f"owner of {recording.id}"
+    leased = catalog.lease(owner, limit=1, lease_s=60)
+    assert [item.key for item in leased] == [recording.key]
+    return catalog.complete(
+        recording.key, owner, duration_s=float(len(vectors)), model=model, segments=segments_of(vectors)
+    )
+
+
+# --- a library with bytes, embedded without audio
+
+
+def upload(library: Library, content: bytes, recording_id: str | None = None, **fields: object) -> Recording:
+    with library.store.receive() as arriving:
+        arriving.write(content)
+        arriving.seal()
+        return library.register(arriving, recording_id=recording_id, **fields)[0]  # type: ignore[arg-type]
+
+
+def add(library: Library, recording_id: str, vectors: Embeddings, **fields: object) -> Recording:
+    """A ready recording whose bytes are its id and whose segments have these vectors."""
+    recording = upload(library, recording_id.encode(), recording_id, **fields)
+    assert complete(library.catalog, recording, vectors)
+    return library.catalog.get(recording_id)
+
+
+
+
+# --- processes
+
+
+def processes() -> ForkServerContext:
+    """Makes real processes, quickly: each is forked from one that has imported the library already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clasp_core.library"])
+    return context
