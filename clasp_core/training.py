@@ -27,7 +27,7 @@ from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
 from clasp_core.errors import InvalidAudio, InvalidField
 from clasp_core.language import match_key, normalize_text
 from clasp_core.manifest import ManifestItem, read_manifest
-from clasp_core.mini import PRETRAINED, Features, MiniFusion, SpeechBackbone, save_fusion
+from clasp_core.mini import PRETRAINED, Features, FusionHead, MiniFusion, SpeechBackbone, save_fusion
 from clasp_core.models import resolve_device
 from clasp_core.segmenting import SegmentConfig, split
 from clasp_core.types import SAMPLING_RATE, Waveform
@@ -61,7 +61,9 @@ class TrainingConfig:
     pairs: int = 0
     """Sentences made of two items of one language; `pair_share` of the number of items is drawn per epoch."""
     pair_share: float = 0.5
-    width: int = 512
+    members: int = 3
+    """Heads trained apart, each with its own start and order; the model is their mean."""
+    width: int = 384
     layers: int = 2
     average_last: int = 5
     seed: int = 0
@@ -224,8 +226,7 @@ def train(config: TrainingConfig) -> Path:
 def fit(
     config: TrainingConfig, items: Sequence[ManifestItem], readings: Sequence[FeatureSet]
 ) -> tuple[MiniFusion, list[dict[str, float]]]:
-    """The fusion after the last epoch (the mean of the last few), and the loss of each epoch."""
-    torch.manual_seed(config.seed)
+    """The trained fusion, and the loss of each member's epochs."""
     random = np.random.default_rng(config.seed)
     device = resolve_device(config.device)
     sentences = _sentences(config, items, readings, random)
@@ -236,39 +237,49 @@ def fit(
     text_number = torch.tensor(
         [numbers.setdefault(match_key(sentence.text), len(numbers)) for sentence in sentences], device=device
     )
-    fusion = MiniFusion(config.width, config.layers, dropout=config.dropout).to(device)
+    torch.manual_seed(config.seed)
+    fusion = MiniFusion(config.members, config.width, config.layers, dropout=config.dropout).to(device)
     fusion.text_mean.copy_(mean)
-    optimizer = torch.optim.AdamW(fusion.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     batches = _Batches(config, sentences, readings, random)
+    history = []
+    for member, head in enumerate(fusion.heads):
+        assert isinstance(head, FusionHead)
+        for losses in _fit_head(config, head, batches, targets, text_number):
+            history.append({"member": member, **losses})
+            _log.info("member %(member)d, epoch %(epoch)d: loss %(loss).3f, %(seconds).0f s", history[-1])
+    return fusion.eval(), history
+
+
+def _fit_head(
+    config: TrainingConfig, head: FusionHead, batches: "_Batches", targets: Tensor, text_number: Tensor
+) -> Iterator[dict[str, float]]:
+    """Train one head in place, yielding each epoch's loss; its weights end as the last epochs' mean."""
+    device = targets.device
+    optimizer = torch.optim.AdamW(head.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     steps = config.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _cosine(step, config.warmup_steps, steps)
     )
     averaged: list[dict[str, Tensor]] = []
-    history = []
     for epoch in range(config.epochs):
         started = time.monotonic()
-        fusion.train()
+        head.train()
         losses = []
         for chosen, features in batches:
             places = torch.tensor(chosen, device=device)
             with_picture = torch.rand(len(chosen), 1) >= config.picture_dropout
-            vectors = fusion(_drop_tokens(features, config.token_dropout).to(device), with_picture.to(device))
+            vectors = head(_drop_tokens(features, config.token_dropout).to(device), with_picture.to(device))
             loss = _contrastive(vectors, places, targets, text_number, config.temperature)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(fusion.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        history.append(
-            {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
-        )
-        _log.info("epoch %(epoch)d: loss %(loss).3f, %(seconds).0f s", history[-1])
         if epoch >= config.epochs - config.average_last:
-            averaged.append({name: value.detach().clone() for name, value in fusion.state_dict().items()})
-    fusion.load_state_dict({name: torch.stack([s[name] for s in averaged]).mean(0) for name in averaged[0]})
-    return fusion.eval(), history
+            averaged.append({name: value.detach().clone() for name, value in head.state_dict().items()})
+        yield {"epoch": epoch, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
+    head.load_state_dict({name: torch.stack([s[name] for s in averaged]).mean(0) for name in averaged[0]})
 
 
 @dataclass(frozen=True, slots=True)

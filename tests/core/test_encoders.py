@@ -155,7 +155,7 @@ def test_networks_have_their_published_sizes(e5: E5Encoder) -> None:
 def test_a_fusion_survives_being_saved(tmp_path: Path) -> None:
     """Weights are stored in half precision; what they say must hardly change."""
     torch.manual_seed(0)
-    fusion = MiniFusion(width=64, layers=1, heads=4).eval()
+    fusion = MiniFusion(members=2, width=64, layers=1, heads=4).eval()
     save_fusion(fusion, tmp_path / "fusion.safetensors")
     features = SpeechBackbone(None)(clips())
     with torch.inference_mode():
