@@ -20,6 +20,7 @@ import alembic.util
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
+from sqlalchemy.dialects.postgresql import JSONB
 
 from clasp_core.errors import DataMismatch, IdConflict, ProcessingFailed, RecordingNotFound
 from clasp_core.types import Embeddings, Seconds
@@ -418,7 +419,7 @@ class Catalog:
         if wanted.lang is not None:
             query = query.where(_recordings.c.lang == wanted.lang)
         for name, value in wanted.metadata:
-            query = query.where(_member(name, value))
+            query = query.where(_member(name, value, self._engine.dialect.name))
         with self._read() as db:
             return np.array(db.execute(query).scalars().all(), np.int64)
 
@@ -454,12 +455,14 @@ class Catalog:
         return done.rowcount == 1
 
 
-def _member(name: str, value: str | float | bool) -> sa.ColumnElement[bool]:
+def _member(name: str, value: str | float | bool, dialect: str) -> sa.ColumnElement[bool]:
     """That a top-level member of the metadata has this value: 1 is 1.0, but neither true nor "1".
 
     Not by SQLAlchemy's `metadata[name]`: it builds a JSON path, in which SQLite finds no name that
     JSON had to escape ("نام" among them), and a comparison without types, in which "x" is 0.
     """
+    if dialect == "postgresql":
+        return sa.cast(_recordings.c.metadata, JSONB).contains({name: value})
     members = sa.func.json_each(_recordings.c.metadata).table_valued("key", "value", "type")
     if isinstance(value, bool):
         same = members.c.type == ("true" if value else "false")
@@ -487,9 +490,20 @@ def _recording(row: Any) -> Recording:  # noqa: ANN401 - SQLAlchemy rows are unt
     return Recording(**row._mapping)
 
 
+_WRITERS = 0x636C617370
+"""PostgreSQL's name of the lock that every writing transaction holds: "clasp"."""
+
+
 def _create_engine(url: str) -> sa.Engine:
     engine = sa.create_engine(url)
     if engine.dialect.name != "sqlite":
+        # elsewhere writers do not exclude each other by themselves, and leases, sweeps and the order
+        # of changes depend on it
+        @sa.event.listens_for(engine, "begin")
+        def _on_begin_elsewhere(db: sa.Connection) -> None:
+            if db.get_execution_options().get("clasp_write", False):
+                db.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS)))
+
         return engine
 
     # pysqlite's own transaction control begins too late (PEP 249); we begin explicitly instead, and

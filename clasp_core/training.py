@@ -193,14 +193,22 @@ def _save_shard(path: Path, rows: Sequence[tuple[str, Features]]) -> None:
     temporary.replace(path)
 
 
-def embed_texts(texts: Sequence[str], models_dir: Path | None) -> Tensor:
-    """E5 vectors (n, 384) of normalised texts, in batches of like length."""
+def embed_texts(texts: Sequence[str], models_dir: Path | None, cache: Path) -> Tensor:
+    """E5 vectors (n, 384) of normalised texts, in batches of like length; computed once."""
+    identity = json.dumps([E5_SMALL.sources[0].sha256, *texts])
+    path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    if path.exists():
+        return torch.from_numpy(np.load(path))
     encoder = E5Encoder.load(E5_SMALL.locate(models_dir))
     vectors = torch.empty(len(texts), 384)
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     for start in range(0, len(order), 64):
         places = order[start : start + 64]
         vectors[places] = encoder([texts[place] for place in places])
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, vectors.numpy())
+    temporary.replace(path)
     return vectors
 
 
@@ -230,7 +238,7 @@ def fit(
     random = np.random.default_rng(config.seed)
     device = resolve_device(config.device)
     sentences = _sentences(config, items, readings, random)
-    raw = embed_texts([sentence.text for sentence in sentences], config.models_dir)
+    raw = embed_texts([sentence.text for sentence in sentences], config.models_dir, config.cache)
     mean = raw[: len(items)].mean(0)
     targets = F.normalize(raw - mean, dim=1).to(device)
     numbers: dict[str, int] = {}

@@ -1,5 +1,6 @@
 """The real service as real processes, for tests that speak HTTP to it and pull its plug."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
@@ -16,31 +18,63 @@ T = TypeVar("T")
 START_WITHIN_S = 120
 
 
+def environment(**settings: object) -> dict[str, str]:
+    """This process's environment with these settings and no others, but for where weights are."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("CLASP_") or name == "CLASP_MODELS_DIR"
+    }
+    return kept | {f"CLASP_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def clasp(
+    *arguments: object, cwd: Path, within_s: float = 120, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
+    return subprocess.run(
+        [sys.executable, "-m", "app.cli", *map(str, arguments)],
+        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=within_s,
+    )
+
+
 class RunningService:
-    """`clasp serve` on a free port and a data directory of its own, which outlives restarts."""
+    """`clasp serve` on a free port and a data directory of its own, which outlives restarts.
+
+    As a context manager it leaves no process behind, whatever happened.
+    """
 
     def __init__(self, data_dir: Path, **settings: object) -> None:
         self.data_dir = data_dir
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("CLASP_")
-        } | {
-            "CLASP_DATA_DIR": str(data_dir / "index_data"),
-            "CLASP_THREADS": "1",
-            **{f"CLASP_{name.upper()}": str(value) for name, value in settings.items()},
-        }
-        if "CLASP_MODELS_DIR" in os.environ:
-            self._environment.setdefault("CLASP_MODELS_DIR", os.environ["CLASP_MODELS_DIR"])
+        self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def __enter__(self) -> "RunningService":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        if self.process is not None and self.process.poll() is None:
+            left = self.processes()
+            self.process.kill()
+            self.process.wait()
+            eventually(lambda: not any(map(is_alive, left)), within_s=40)
 
     def start(self, *, wait: bool = True) -> "RunningService":
         with (self.data_dir / "service.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "app.cli", "serve", "--port", str(self.port)],
-                env=self._environment,
+                env=environment(**self.settings),
                 stderr=log,
                 cwd=self.data_dir,
             )
@@ -62,24 +96,22 @@ class RunningService:
     def log(self) -> str:
         return (self.data_dir / "service.log").read_text(errors="replace")
 
+    def processes(self) -> list[int]:
+        """The service's process and all that descend from it."""
+        assert self.process is not None
+        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, check=True).stdout
+        parents = {int(pid): int(parent) for pid, parent in map(bytes.split, listed.splitlines())}
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found
+
     def worker_pids(self) -> list[int]:
         """Processes of this service's workers, found by their parent."""
         assert self.process is not None
-        found = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True
-        )
+        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
         lines = found.stdout.decode().splitlines()
         return [int(line.split()[0]) for line in lines if " worker " in line]
-
-    def descendants(self) -> list[int]:
-        """Every process below the API process: workers and decoders."""
-        assert self.process is not None
-        found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, check=True)
-        pairs = [tuple(map(int, line.split())) for line in found.stdout.decode().splitlines()]
-        below = [self.process.pid]
-        for parent in below:
-            below += [pid for pid, ppid in pairs if ppid == parent]
-        return below[1:]
 
     def kill(self) -> None:
         """The API process dies as by a power cut; its workers notice."""
@@ -89,7 +121,8 @@ class RunningService:
 
     def kill_workers(self) -> None:
         for pid in self.worker_pids():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> int:
         """Politely; the exit status."""
@@ -104,6 +137,14 @@ class RunningService:
         headers = form.pop("headers", None)
         return self.client.post("/audio", files={"file": content}, data=form, headers=headers)
 
+    def ready(self, content: bytes, **form: Any) -> dict[str, Any]:
+        """The record of a recording that has been uploaded and can be found."""
+        uploaded = self.upload(content, **form)
+        assert uploaded.is_success, uploaded.text
+        record = self.settled(uploaded.json()["id"])
+        assert record["status"] == "ready", record
+        return record
+
     def settled(self, recording_id: str, within_s: float = 60) -> dict[str, Any]:
         """The record once it is ready or failed."""
 
@@ -117,6 +158,53 @@ class RunningService:
         answer = self.client.get("/search", params={"q": q, **parameters})
         hits: list[dict[str, Any]] = answer.raise_for_status().json()["hits"]
         return hits
+
+    def found_by_sound(self, content: bytes, **parameters: Any) -> list[dict[str, Any]]:
+        answer = self.client.post("/search/audio", files={"file": content}, params=parameters)
+        hits: list[dict[str, Any]] = answer.raise_for_status().json()["hits"]
+        return hits
+
+    def listed(self, **parameters: Any) -> list[dict[str, Any]]:
+        """All records, by as many pages as there are."""
+        items: list[dict[str, Any]] = []
+        cursor: dict[str, str] = {}
+        while True:
+            page = self.client.get("/audio", params={**parameters, **cursor}).raise_for_status().json()
+            items += page["items"]
+            if page["next_cursor"] is None:
+                return items
+            cursor = {"cursor": page["next_cursor"]}
+
+    def raw(self, request: bytes, within_s: float = 10) -> bytes:
+        """What comes back for bytes that no HTTP client would send, up to the end of the connection."""
+        answer = b""
+        with socket.create_connection(("127.0.0.1", self.port), within_s) as connection:
+            connection.sendall(request)
+            while data := connection.recv(1 << 16):
+                answer += data
+        return answer
+
+    def stored(self) -> set[str]:
+        """Files of recordings in the data directory, those still arriving among them."""
+        root = self.data_dir / "index_data" / "audio"
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series with these labels, 0 where there is none."""
+        total = 0.0
+        for line in self.client.get("/metrics").raise_for_status().text.splitlines():
+            series, _, value = line.rpartition(" ")
+            if series.partition("{")[0] == name and all(f'{k}="{v}"' in series for k, v in labels.items()):
+                total += float(value)
+        return total
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def eventually(condition: Callable[[], T | None], *, within_s: float) -> T:

@@ -116,8 +116,6 @@ def add(library: Library, recording_id: str, vectors: Embeddings, **fields: obje
     return library.catalog.get(recording_id)
 
 
-
-
 # --- processes
 
 

@@ -52,7 +52,9 @@ def test_a_registered_recording_comes_back_as_it_was_given(catalog: Catalog) -> 
     recording, created = catalog.register(new, lambda: None)
     assert created
     assert recording == catalog.get("گفتگو")
-    assert all(getattr(recording, field) == getattr(new, field) for field in NewRecording.__dataclass_fields__)
+    assert all(
+        getattr(recording, field) == getattr(new, field) for field in NewRecording.__dataclass_fields__
+    )
     assert (recording.status, recording.attempts, recording.segments) == ("pending", 0, None)
 
 
@@ -480,7 +482,9 @@ def test_metadata_filters_compare_as_json_does(catalog: Catalog) -> None:
 
 def test_all_parts_of_a_filter_must_hold(catalog: Catalog) -> None:
     """A filter narrows: each thing it says takes recordings away."""
-    for number, (collection, lang, speaker) in enumerate(itertools.product("ab", ("fa", "fa-IR", None), "st")):
+    for number, (collection, lang, speaker) in enumerate(
+        itertools.product("ab", ("fa", "fa-IR", None), "st")
+    ):
         recording = register(
             catalog, f"{number}", collection=collection, lang=lang, metadata={"speaker": speaker}
         )

@@ -174,6 +174,20 @@ def test_a_case_by_hand():
     assert measured["macro_f1"] == pytest.approx((8 / 13 + 6 / 11) / 2)
 
 
+def test_hits_end_exactly_at_their_k():
+    """Ranks 1, 1.5, 5, 5.5, 10, 10.5 and 11: a rank between two places counts from the lower one on."""
+    relevant = np.zeros((7, 12), bool)
+    relevant[:, 0] = True
+    scores = np.zeros((7, 12))
+    scores[:, 1:] = -1.0
+    for query, (higher, same) in enumerate([(0, 0), (0, 1), (4, 0), (4, 1), (9, 0), (9, 1), (10, 0)]):
+        scores[query, 1 : 1 + higher] = 1.0
+        scores[query, 1 + higher : 1 + higher + same] = 0.0
+    measured = figures(scores, relevant)
+    expected = {"hits@1": 1 / 7, "hits@5": 3 / 7, "hits@10": 5 / 7, "mean_rank": 44.5 / 7}
+    assert {name: measured[name] for name in expected} == pytest.approx(expected)
+
+
 def test_a_constant_score_is_no_better_than_chance():
     """A broken model gives everything the same score; half credit for ties keeps it from winning."""
     measured = figures(np.zeros((20, 20)), np.eye(20, dtype=bool))
