@@ -62,6 +62,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind to.", min=0, max=65535)] = None,
 ) -> None:
+    import signal
+
     import uvicorn
 
     from app.main import create_app
@@ -69,6 +71,8 @@ def serve(
 
     settings = Settings()
     configure_logging(settings.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit())  # uvicorn raises the signal again when it has shut down
     server = uvicorn.Config(
         create_app(settings),
         host=host if host is not None else settings.host,
@@ -134,7 +138,7 @@ def _files(paths: list[Path]) -> Iterator[Path]:
             yield from sorted(
                 file
                 for file in path.rglob("*")
-                if file.is_file() and not any(p.startswith(".") for p in file.parts)
+                if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
             )
         else:
             yield path

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.telemetry import request_id
 from clasp_core.errors import ClaspError
@@ -121,12 +122,35 @@ def install(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return problem(code, str(error.detail), status=error.status_code, headers=headers)
 
-    @app.exception_handler(Exception)
-    async def _bug(_: Request, error: Exception) -> JSONResponse:
-        _log.error("unexpected error", exc_info=error)
-        return problem(
-            "internal_error", "An unexpected error occurred. This is a bug; the log has the details."
-        )
+    app.add_middleware(_Bugs)
+
+
+class _Bugs:
+    """ASGI middleware: what nobody expected is logged, and answered unless an answer has begun.
+
+    Not an exception handler: Starlette calls the one for Exception outside of all middleware, where the
+    request's id is gone, and the server then drops the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            _log.error("unexpected error", exc_info=error)
+            detail = "An unexpected error occurred. This is a bug; the log has the details."
+            await problem("internal_error", detail)(scope, receive, send)
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:

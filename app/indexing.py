@@ -3,6 +3,7 @@
 Works beside a running service: both lease from the same catalogue, so whoever is free takes the next.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Outcome:
     failed: list[tuple[Path, str]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        failed = [{"path": str(path), "reason": reason} for path, reason in self.failed]
+        failed = [{"path": _as_text(path), "reason": reason} for path, reason in self.failed]
         return {"indexed": self.indexed, "known": self.known, "failed": failed}
 
 
@@ -103,7 +104,12 @@ def _register(
         if not upload.size_bytes:
             raise OSError("the file is empty")
         upload.seal()
-        return library.register(upload, collection=collection, lang=lang, metadata={"path": str(path)})
+        return library.register(upload, collection=collection, lang=lang, metadata={"path": _as_text(path)})
+
+
+def _as_text(path: Path) -> str:
+    """A file name as text that can be stored and sent, whatever bytes it is made of."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _settled(library: Library, path: Path, recording: Recording, outcome: Outcome) -> bool:

@@ -45,8 +45,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(routes.api)
     app.include_router(routes.api, prefix="/v1", include_in_schema=False)
     app.include_router(routes.operations)
-    app.add_middleware(RequestContext, metrics=service.metrics)
     errors.install(app)
+    app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

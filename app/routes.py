@@ -1,5 +1,6 @@
 """Every endpoint, thin: what HTTP says is turned into calls of the library, and back."""
 
+import asyncio
 import time
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from app import schemas, uploads
 from app.answering import Answer
@@ -35,6 +37,7 @@ from clasp_core.types import Seconds
 
 MAX_WAIT_S: Seconds = 60.0
 MAX_METADATA_BYTES = 32 * 1024
+MAX_METADATA_DEPTH = 32
 
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -69,7 +72,7 @@ def get_service(request: Request) -> Service:
 
 ServiceHere = Annotated[Service, Depends(get_service)]
 api = APIRouter(responses=PROBLEM)
-operations = APIRouter()
+operations = APIRouter(responses=PROBLEM)
 
 
 # --- recordings
@@ -147,15 +150,42 @@ def get_recording(service: ServiceHere, id: str) -> RecordingBody:
     responses={
         200: {"content": {"audio/*": _BINARY}},
         206: {"description": "The byte range that was asked for."},
+        304: {"description": "The client has these bytes: the ETag is one that `If-None-Match` names."},
     },
 )
-def get_content(service: ServiceHere, id: str) -> FileResponse:
+@api.head("/audio/{id}/content", include_in_schema=False)
+def get_content(
+    service: ServiceHere, id: str, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
     recording = service.library.catalog.get(id)
+    etag = f'"{recording.sha256}"'
+    known = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
+    if known & {etag, "*"}:
+        return Response(status_code=304, headers={"ETag": etag})
     path = service.library.store.path(recording.sha256)
-    if not path.exists():
-        raise RecordingNotFound(f"There is no recording {id!r}.")
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise RecordingNotFound(f"There is no recording {id!r}.") from None
     media_type = recording.media_type or "application/octet-stream"
-    return FileResponse(path, media_type=media_type, headers={"ETag": f'"{recording.sha256}"'})
+    return _Content(path, media_type=media_type, headers={"ETag": etag}, stat_result=stat)
+
+
+class _Content(FileResponse):
+    """A file in byte ranges. One that cannot be read is no range (RFC 9110, 14.2); errors are in our form."""
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []
+        except RangeNotSatisfiable:
+            raise HttpError(
+                "range_not_satisfiable",
+                f"The recording has {file_size} bytes.",
+                {"Content-Range": f"bytes */{file_size}"},
+            ) from None
 
 
 @api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
@@ -187,17 +217,8 @@ async def search(
 async def search_json(service: ServiceHere, body: SearchBody | SearchesBody) -> SearchAnswer | SearchAnswers:
     if isinstance(body, SearchBody):
         return await _answer(service, body)
-    answers: list[SearchAnswer | None] = [None] * len(body.queries)
-
-    async def put(place: int, question: SearchBody) -> None:
-        answers[place] = await _answer(service, question)
-
-    for question in body.queries:
-        _normalized(question)  # all are checked before any is asked
-    async with anyio.create_task_group() as tasks:
-        for place, question in enumerate(body.queries):
-            tasks.start_soon(put, place, question)
-    return SearchAnswers(results=[answer for answer in answers if answer is not None])
+    results = await asyncio.gather(*(_answer(service, question) for question in body.queries))
+    return SearchAnswers(results=results)
 
 
 @api.post(
@@ -257,7 +278,7 @@ async def alive() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@operations.get("/readyz", summary="Ready to answer", responses=PROBLEM)
+@operations.get("/readyz", summary="Ready to answer")
 async def ready(service: ServiceHere) -> Response:
     if (reason := await run_in_threadpool(service.why_not_ready)) is not None:
         return problem("not_ready", reason)
@@ -289,7 +310,16 @@ def _metadata(text: str | None) -> dict[str, Any]:
         raise InvalidField(f"metadata is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise InvalidField("metadata must be a JSON object.")
+    if _is_deeper(value, MAX_METADATA_DEPTH):
+        raise InvalidField(f"metadata is nested more than {MAX_METADATA_DEPTH} levels deep.")
     return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    members = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(member, levels - 1) for member in members)
 
 
 def _preferred_wait(prefer: str | None) -> Seconds | None:

@@ -76,6 +76,10 @@ class RecordingPage(BaseModel):
     next_cursor: Annotated[str | None, Field(description="Give it as `cursor` for the next page.")]
 
 
+_FilterText = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
+"""A stated length also makes pydantic look at the characters, and refuse lone surrogates."""
+
+
 class FilterBody(BaseModel):
     """Only recordings for which everything given here is true."""
 
@@ -83,8 +87,11 @@ class FilterBody(BaseModel):
 
     lang: str | None = None
     metadata: Annotated[
-        dict[str, str | int | float | bool],
-        Field(description="Members of the recordings' metadata that must have exactly these values."),
+        dict[_FilterText, _FilterText | int | float | bool],
+        Field(
+            max_length=32,
+            description="Members of the recordings' metadata that must have exactly these values.",
+        ),
     ] = {}
 
 
@@ -198,7 +205,7 @@ class ProblemBody(BaseModel):
     title: str
     status: int
     detail: str
-    code: Annotated[str, Field(description="Stable; see the README for the list.")]
+    code: Annotated[str, Field(description="Stable; docs/errors.md lists them.")]
     request_id: str
     errors: list[dict[str, str]] | None = None
 

@@ -59,7 +59,8 @@ def _report(timings: Timings) -> None:
 
 def _stop_with_parent(ingester: Ingester) -> None:
     """Standard input reaches its end when the parent process is gone, however it went."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1024):  # a buffered read would hold a lock that the exit needs
+        pass
     ingester.stop()
     time.sleep(STOP_WITHIN_S)
     os._exit(1)

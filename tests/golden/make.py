@@ -1,10 +1,13 @@
 """What must not drift: makes the pinned files anew, `make golden`. A diff in them is a reviewed decision.
 
+`python -m tests.golden.make openapi` makes only that one.
+
 encoders.json: five numbers of each encoder's output on a bundled sample.
 openapi.json: the API's description.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,8 +73,9 @@ def openapi() -> dict[str, Any]:
 
 
 def main() -> None:
-    for name, value in (("encoders", encoder_values()), ("openapi", openapi())):
-        text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=name == "openapi")
+    makers = {"encoders": encoder_values, "openapi": openapi}
+    for name in sys.argv[1:] or makers:
+        text = json.dumps(makers[name](), indent=1, ensure_ascii=False, sort_keys=name == "openapi")
         (GOLDEN / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

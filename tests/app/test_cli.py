@@ -1,0 +1,269 @@
+"""The command line: verbs, exit statuses, one clear line where something fails, JSON that parses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.audio_files import encode, speech, tone
+from tests.conftest import SAMPLES, Sample
+from tests.service import RunningService, clasp
+
+VERBS = ["serve", "worker", "index", "search", "embed", "evaluate", "train", "reindex", "models", "models list"]
+FIGURES = {"n", "pool", "hits@1", "hits@5", "hits@10", "mrr", "mean_rank", "macro_f1"}
+
+
+def failed(done: Any, *words: str) -> None:
+    """That a command failed as promised: status 1, and one line on standard error that says why."""
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("clasp: ")
+    for word in words:
+        assert word in done.stderr
+
+
+def as_json(done: Any) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, Sample]) -> Path:
+    """A working directory whose index_data holds three samples and knows of one broken file."""
+    folder = tmp_path_factory.mktemp("cli")
+    recordings = folder / "recordings"
+    (recordings / "more").mkdir(parents=True)
+    for name, place in (("en-bees", "more/bees.opus"), ("en-volcano", "volcano.opus"), ("es-bread", "pan y água.opus")):
+        (recordings / place).write_bytes(samples[name].content)
+    (recordings / "notes.txt").write_text("not a recording")
+    (recordings / ".hidden.opus").write_bytes(samples["en-doctor"].content)
+    done = clasp("index", "recordings", "--collection", "mine", "--lang", "en", "--json", cwd=folder)
+    outcome = as_json(done)
+    assert (outcome["indexed"], outcome["known"]) == (3, 0)
+    assert [failure["path"] for failure in outcome["failed"]] == ["recordings/notes.txt"]
+    return folder
+
+
+# --- the form of every verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(tmp_path: Path, verb: str) -> None:
+    """`--help` is where people look first; it must not load a model or make a directory."""
+    done = clasp(*verb.split(), "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"], ["search"], ["index"], ["index", "/nowhere/at/all"], ["search", "a", "--limit", "0"],
+        ["search", "a", "--colour"], ["embed"], ["embed", "--text", "a", "--audio", __file__],
+        ["evaluate", "/nowhere.jsonl"], ["evaluate", __file__, "--protocol", "mine"], ["serve", "--port", "70000"],
+        ["models", "frobnicate"], ["train"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
+    """Scripts tell a misspelt command (2) from one that could not do its work (1)."""
+    done = clasp(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search", ""], ["empty"]), (["search", "a", "--lang", "fa_IR"], ["fa_IR"]),
+        (["embed", "--text", " \t"], ["empty"]), (["embed", "--audio", __file__], ["decode"]),
+        (["index", __file__, "--lang", "fa_IR"], ["fa_IR"]), (["index", __file__, "--collection", "a b"], ["collection"]),
+        (["evaluate", __file__], ["line 1"]), (["evaluate", str(SAMPLES / "manifest.jsonl"), "--split", "none"], ["no item"]),
+        (["evaluate", str(SAMPLES / "manifest.jsonl"), "--model", "huge"], ["huge", "mini"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)  # fmt: skip
+def test_what_cannot_be_done_is_1_and_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    """A person reads one sentence and knows what to change; a traceback says that we did not think of them."""
+    failed(clasp(*arguments, cwd=tmp_path), *words)
+
+
+@pytest.mark.parametrize("settings", [{"model": "huge"}, {"data_dir": "/proc/none"}, {"device": "tpu"}])
+def test_a_wrong_setting_is_1_and_one_line(tmp_path: Path, settings: dict[str, str]) -> None:
+    """Settings are read by every verb, and mistyped as often as arguments are."""
+    failed(clasp("search", "bees", cwd=tmp_path, **settings))
+
+
+# --- index and search
+
+
+def test_indexing_again_does_nothing_again(indexed: Path) -> None:
+    """People run it from cron; it must be safe, quick and say what it found."""
+    outcome = as_json(clasp("index", "recordings", "--collection", "mine", "--json", cwd=indexed))
+    assert (outcome["indexed"], outcome["known"], len(outcome["failed"])) == (0, 3, 1)
+    shown = clasp("index", "recordings/more", "--collection", "mine", cwd=indexed)
+    assert shown.returncode == 0
+    assert shown.stdout == "0 indexed, 1 known already, 0 failed\n"
+
+
+def test_a_folder_is_found_by_any_of_its_names(indexed: Path, samples: dict[str, Sample]) -> None:
+    """`../recordings` and a folder under a hidden one hold recordings like any other."""
+    inside = indexed / ".cache" / "kept"
+    inside.mkdir(parents=True)
+    (inside / "lift.opus").write_bytes(samples["fr-lift"].content)
+    for path in ("../cache/../.cache/kept", str(inside)):
+        (indexed / "cache").mkdir(exist_ok=True)
+        outcome = as_json(
+            clasp("index", path, "--json", cwd=indexed / "cache", data_dir=indexed / "index_data")
+        )
+        assert outcome["indexed"] + outcome["known"] == 1, path
+
+
+def test_only_failures_are_a_failure(indexed: Path) -> None:
+    """With the reason for each file, and status 1, so that a script notices."""
+    done = clasp("index", "recordings/notes.txt", cwd=indexed)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "clasp: no recording could be indexed"
+    assert "recordings/notes.txt: " in done.stderr
+
+
+def test_a_file_name_may_be_any_bytes(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """Old disks hold names that are no text; they must be indexed, and must not spoil any answer later."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.opus")).write_bytes(samples["en-bees"].content)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe8.txt")).write_text("no")
+    outcome = as_json(clasp("index", "old", "--json", cwd=tmp_path))
+    assert outcome["indexed"] == 1
+    (hit,) = as_json(clasp("search", "bees", "--json", cwd=tmp_path))["hits"]
+    assert hit["metadata"]["path"].endswith("caf\ufffd.opus")
+
+
+def test_a_search_answers_with_ranked_hits(indexed: Path, samples: dict[str, Sample]) -> None:
+    """The same members as the HTTP answer has, so that scripts can move from one to the other."""
+    answer = as_json(clasp("search", samples["en-volcano"].text, "--collection", "mine", "--lang", "en", "--limit", 2, "--json", cwd=indexed))  # fmt: skip
+    assert answer["model"]["name"] == "mini"
+    assert [hit["rank"] for hit in answer["hits"]] == [1, 2]
+    first, second = answer["hits"]
+    assert first["score"] >= second["score"]
+    assert first["lang"] == "en"
+    assert first["segments"][0].keys() == {"start_s", "end_s", "score"}
+
+
+def test_a_search_is_shown_as_a_table(indexed: Path) -> None:
+    """With the file's own name and the minute, which is what a person at a terminal wants."""
+    done = clasp("search", "bread", "--collection", "mine", cwd=indexed)
+    assert done.returncode == 0
+    assert "recordings/pan y água.opus" in done.stdout
+    assert "0:0" in done.stdout
+    assert clasp("search", "bread", "--collection", "empty", cwd=indexed).stdout == "nothing is indexed here yet\n"
+
+
+def test_the_command_line_and_a_running_service_share_a_library(tmp_path: Path, bees: bytes) -> None:
+    """`clasp index` beside `clasp serve` is how large folders come in; each sees the other's recordings."""
+    (tmp_path / "bees.opus").write_bytes(bees)
+    with RunningService(tmp_path, workers=0) as service:
+        service.start()
+        uploaded = service.upload(encode(speech(1.0), 16_000), id="uploaded").json()
+        assert as_json(clasp("index", "bees.opus", "--json", cwd=tmp_path))["indexed"] == 1
+        assert service.settled(uploaded["id"])["status"] == "ready"  # the verb did the waiting one, too
+        by_http = service.found("bees in the hive")
+        by_verb = as_json(clasp("search", "bees in the hive", "--json", cwd=tmp_path))["hits"]
+        assert [hit["id"] for hit in by_http] == [hit["id"] for hit in by_verb]
+        assert by_http[0]["score"] == pytest.approx(by_verb[0]["score"], abs=1e-4)
+        service.client.delete("/audio/uploaded").raise_for_status()
+        assert len(as_json(clasp("search", "bees", "--json", cwd=tmp_path))["hits"]) == 1
+        assert service.stop() == 0
+
+
+# --- embed
+
+
+def test_embed_gives_unit_vectors_of_one_space(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """For those who keep vectors in a database of their own."""
+    (tmp_path / "a.opus").write_bytes(samples["en-bees"].content)
+    answers = [
+        as_json(clasp("embed", "--audio", "a.opus", cwd=tmp_path)),
+        as_json(clasp("embed", "--text", "زنبورها", "--lang", "fa", "--json", cwd=tmp_path)),
+    ]
+    assert answers[0]["model"] == answers[1]["model"]
+    for answer in answers:
+        assert len(answer["vector"]) == answer["dim"]
+        assert np.linalg.norm(answer["vector"]) == pytest.approx(1, abs=1e-4)
+
+
+# --- evaluate
+
+
+def test_evaluate_reports_in_the_contract_s_shape(tmp_path: Path) -> None:
+    """Outside checks read this file; its names are a promise."""
+    arguments = [SAMPLES / "manifest.jsonl", "--by", "lang,source", "--out", "figures.json"]
+    shown = clasp("evaluate", *arguments, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "text_to_speech" in shown.stdout
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert report.keys() >= {"model", "fingerprint", "protocol", "overall", "groups", "seconds"}
+    assert report["model"] == "mini"
+    assert report["protocol"] == "clean"
+    assert report["groups"].keys() == {"lang", "source"}
+    assert report["groups"]["lang"].keys() == {"en", "es", "fr", "hi", "it", "pt-BR", "zh-CN"}
+    for pool in (report["overall"], *report["groups"]["lang"].values()):
+        assert pool.keys() == {"text_to_speech", "speech_to_text"}
+        for figures in pool.values():
+            assert figures.keys() >= FIGURES
+    overall = report["overall"]["text_to_speech"]
+    assert (overall["n"], overall["pool"]) == (21, 21)
+    assert 0 <= overall["hits@1"] <= overall["hits@5"] <= overall["hits@10"] <= 1
+
+
+def test_evaluate_finds_the_audio_elsewhere(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """Manifests travel without their recordings; --audio-root says where those are. What is missing is said."""
+    lines = [samples[name].line for name in ("en-bees", "en-doctor")] + [
+        {"id": "gone", "audio": "audio/gone.opus", "text": "Nobody knows."}
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = as_json(
+        clasp("evaluate", "m.jsonl", "--audio-root", SAMPLES, "--protocol", "paper", "--json", cwd=tmp_path)
+    )
+    assert report["protocol"] == "paper"
+    assert report["overall"]["text_to_speech"]["n"] == 2
+    assert [item["id"] for item in report["skipped"]] == ["gone"]
+
+
+# --- models and data
+
+
+def test_models_are_listed(tmp_path: Path) -> None:
+    """What is on this machine, under which licence; the first question of whoever packages this."""
+    (mini,) = as_json(clasp("models", "list", "--json", cwd=tmp_path))["models"]
+    assert mini["name"] == "mini"
+    assert mini["available"] is True
+    assert {part["role"] for part in mini["parts"]} >= {"fusion"}
+    assert all(part["licence"] and part["bytes"] > 0 for part in mini["parts"])
+    assert "mini: ready to use" in clasp("models", "list", cwd=tmp_path).stdout
+
+
+def test_a_model_may_be_a_folder(tmp_path: Path, indexed: Path) -> None:
+    """What `clasp train` writes is served by naming its folder; its vectors are the same model's."""
+    from clasp_core import models
+
+    shutil.copytree(Path(models.__file__).parent / "weights" / "mini", tmp_path / "my-model")
+    mine = as_json(clasp("embed", "--text", "bees", cwd=tmp_path, model=tmp_path / "my-model"))
+    assert mine == as_json(clasp("embed", "--text", "bees", cwd=tmp_path))
+    (tmp_path / "my-model" / "model.json").write_text('{"format": "clasp-model/99"}')
+    failed(clasp("embed", "--text", "bees", cwd=tmp_path, model=tmp_path / "my-model"), "version")
+
+
+def test_a_recording_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    """The limit is the operator's, and the verbs keep it like the service."""
+    (tmp_path / "long.wav").write_bytes(encode(tone(3.0), 16_000))
+    failed(clasp("embed", "--audio", "long.wav", cwd=tmp_path, max_duration_s=2), "2 s")
+    done = clasp("index", "long.wav", cwd=tmp_path, max_duration_s=2)
+    assert done.returncode == 1
+    assert "2 s" in done.stderr
