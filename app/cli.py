@@ -333,7 +333,8 @@ def _progress_bar(label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - rich's 
     from rich.progress import track
 
     def wrap(items: Any, total: int) -> Any:  # noqa: ANN401
-        return track(items, label, total=total, console=Console(stderr=True), disable=hidden)
+        console = Console(stderr=True)
+        return track(items, label, total=total, console=console, disable=hidden or not console.is_terminal)
 
     return wrap
 

@@ -21,6 +21,7 @@ from clasp_core.library import Library
 from clasp_core.models import Model
 
 _CHUNK_BYTES = 1 << 20
+_STDERR = Console(stderr=True)
 _AHEAD = 64
 """Files registered before the first of them is embedded."""
 
@@ -52,7 +53,7 @@ def index_files(
     outcome = Outcome()
     ingester = Ingester(library, model.speech_encoder(), max_duration_s=settings.max_duration_s)
     columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    with Progress(*columns, console=_STDERR, disable=quiet or not _STDERR.is_terminal) as progress:
         task = progress.add_task("", total=len(files))
         for start in range(0, len(files), _AHEAD):
             waiting: list[tuple[Path, Recording]] = []
@@ -85,7 +86,7 @@ def embed_waiting(library: Library, model: Model, *, settings: Settings, quiet: 
     ingester = Ingester(library, model.speech_encoder(), max_duration_s=settings.max_duration_s)
     done = 0
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    with Progress(*columns, console=_STDERR, disable=quiet or not _STDERR.is_terminal) as progress:
         task = progress.add_task("", total=library.catalog.counts().get("pending", 0))
         while worked := ingester.step():
             done += worked

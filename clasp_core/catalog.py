@@ -5,6 +5,7 @@ lasts, then `ready` or `failed`. Every transition is one transaction. Whoever ke
 vector index) follows `changes`: each row says "this recording is not what it was", in commit order.
 """
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import alembic.command
 import alembic.config
@@ -25,6 +26,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from clasp_core.errors import DataMismatch, IdConflict, ProcessingFailed, RecordingNotFound
 from clasp_core.types import Embeddings, Seconds
 
+T = TypeVar("T")
 Status = Literal["pending", "processing", "ready", "failed"]
 
 MAX_ATTEMPTS = 5
@@ -64,7 +66,11 @@ _segments = sa.Table(
     sa.Column("vector", sa.LargeBinary),
 )
 _changes = sa.Table(
-    "changes", _tables, sa.Column("seq", _key, primary_key=True), sa.Column("recording", _key)
+    "changes",
+    _tables,
+    sa.Column("seq", _key, primary_key=True),
+    sa.Column("recording", _key),
+    sa.Column("token", sa.Text),
 )
 
 
@@ -148,6 +154,8 @@ class Changes:
     owners: NDArray[np.int64]
     ordinals: NDArray[np.int64]
     vectors: Embeddings
+    token: str = ""
+    """A random mark of change `seq`: another history has another, though it has as many changes."""
 
 
 _RECORDING_COLUMNS = [_recordings.c[field] for field in Recording.__dataclass_fields__]
@@ -202,10 +210,13 @@ class Catalog:
 
     def by_key(self, keys: Sequence[int]) -> dict[int, Recording]:
         """Those of the recordings that (still) exist and are ready."""
-        wanted = _recordings.c.key.in_(keys) & (_recordings.c.status == "ready")
+        found: dict[int, Recording] = {}
         with self._read() as db:
-            rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(wanted))
-            return {row.key: _recording(row) for row in rows}
+            for some in _chunks(keys):
+                wanted = _recordings.c.key.in_(some) & (_recordings.c.status == "ready")
+                rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(wanted))
+                found |= {row.key: _recording(row) for row in rows}
+        return found
 
     def page(
         self, *, collection: str | None, status: str | None, before: int | None, limit: int
@@ -229,15 +240,15 @@ class Catalog:
                 raise RecordingNotFound(f"There is no recording {recording_id!r}.")
             db.execute(sa.delete(_segments).where(_segments.c.recording == found.key))
             db.execute(sa.delete(_recordings).where(_recordings.c.key == found.key))
-            db.execute(sa.insert(_changes).values(recording=found.key))
+            _note_change(db, [found.key])
         return found
 
     def sweep(self, sha256s: Sequence[str], remove: Callable[[str], None]) -> None:
         """Call `remove` for each content that no recording has, while nobody can register it."""
-        with self._write() as db:
-            for sha256 in sha256s:
-                used = sa.select(sa.exists().where(_recordings.c.sha256 == sha256))
-                if not db.execute(used).scalar_one():
+        for some in _chunks(sha256s):
+            with self._write() as db:
+                used = sa.select(_recordings.c.sha256).where(_recordings.c.sha256.in_(some))
+                for sha256 in set(some) - set(db.execute(used).scalars()):
                     remove(sha256)
 
     def counts(self) -> dict[str, int]:
@@ -274,8 +285,7 @@ class Catalog:
                 .where(others)
                 .values(status="pending", model=None, segments=None, attempts=0, lease_owner=None)
             )
-            if keys:
-                db.execute(sa.insert(_changes), [{"recording": key} for key in keys])
+            _note_change(db, keys)
         return len(keys)
 
     # --- jobs
@@ -366,7 +376,7 @@ class Catalog:
                     for ordinal, segment in enumerate(segments)
                 ]
                 db.execute(sa.insert(_segments), rows)
-            db.execute(sa.insert(_changes).values(recording=key))
+            _note_change(db, [key])
             return True
 
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool:
@@ -376,25 +386,39 @@ class Catalog:
 
     # --- what a replica follows
 
-    def last_change(self) -> int:
-        """The newest number of the change sequence; 0 where nothing has changed yet."""
+    def last_change(self) -> tuple[int, str]:
+        """The point that the change sequence has reached: its newest number and that change's token."""
+        query = sa.select(_changes.c.seq, _changes.c.token).order_by(_changes.c.seq.desc()).limit(1)
         with self._read() as db:
-            return int(db.execute(sa.select(sa.func.coalesce(sa.func.max(_changes.c.seq), 0))).scalar_one())
+            row = db.execute(query).one_or_none()
+        return (0, "") if row is None else (int(row.seq), row.token)
 
-    def changes(self, after: int, *, limit: int, dim: int) -> Changes | None:
-        """The next `limit` changes after number `after`, with the vectors as they are now; None if none."""
+    def holds(self, point: tuple[int, str]) -> bool:
+        """Whether this sequence went through that point; not so if it was put back to an earlier state."""
+        seq, token = point
+        query = sa.select(_changes.c.token).where(_changes.c.seq == seq)
+        with self._read() as db:
+            return seq == 0 or db.execute(query).scalar_one_or_none() == token
+
+    def changes(self, after: int, *, limit: int, model: str, dim: int) -> Changes | None:
+        """The next `limit` changes after number `after`; None if there are none.
+
+        With them come the vectors of those recordings as they are now, where they are by `model`.
+        """
         with self._read() as db:
             query = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq).limit(limit)
             rows = db.execute(query).all()
             if not rows:
                 return None
             keys = frozenset(row.recording for row in rows)
-            ready = sa.select(_recordings.c.key).where(_recordings.c.status == "ready")
-            wanted = _segments.c.recording.in_(keys) & _segments.c.recording.in_(ready)
+            ready = (_recordings.c.status == "ready") & (_recordings.c.model == model)
+            ours = sa.select(_recordings.c.key).where(ready)
+            wanted = _segments.c.recording.in_(keys) & _segments.c.recording.in_(ours)
             columns = (_segments.c.recording, _segments.c.ordinal, _segments.c.vector)
             found = db.execute(sa.select(*columns).where(wanted)).all()
         return Changes(
             seq=rows[-1].seq,
+            token=rows[-1].token,
             recordings=keys,
             owners=np.array([row.recording for row in found], np.int64),
             ordinals=np.array([row.ordinal for row in found], np.int64),
@@ -453,6 +477,17 @@ class Catalog:
             .values(**values, lease_owner=None, lease_until=None)
         )
         return done.rowcount == 1
+
+
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Few enough at a time for one statement's parameters, and for the write lock not to be felt."""
+    return (values[start : start + 1000] for start in range(0, len(values), 1000))
+
+
+def _note_change(db: sa.Connection, keys: Sequence[int]) -> None:
+    """Append to the change sequence, in the transaction that makes the change."""
+    if keys:
+        db.execute(sa.insert(_changes), [{"recording": key, "token": secrets.token_hex(8)} for key in keys])
 
 
 def _member(name: str, value: str | float | bool, dialect: str) -> sa.ColumnElement[bool]:

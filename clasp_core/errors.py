@@ -134,7 +134,7 @@ class DataMismatch(ClaspError):
 
 
 class ProcessingFailed(ClaspError):
-    """A recording stopped its worker too many times."""
+    """Processing failed for a reason on our side; sending the same bytes again tries anew."""
 
     code = "processing_failed"
 

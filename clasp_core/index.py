@@ -53,6 +53,7 @@ class Snapshot:
     dim: int
     model: str
     seq: int
+    token: str
 
 
 class VectorIndex:
@@ -64,14 +65,19 @@ class VectorIndex:
     def __init__(self, dim: int, model: str) -> None:
         self.dim = dim
         self.model = model
-        self.seq = 0
-        """The catalogue's change number up to which this replica is complete."""
+        self.point = (0, "")
+        """The last change of the catalogue, by number and token, that this replica has."""
         self._faiss = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
         self._recordings: set[int] = set()
         self._lock = RWLockWrite()
 
     def __len__(self) -> int:
         return int(self._faiss.ntotal)
+
+    @property
+    def seq(self) -> int:
+        """The number of the last change this replica has."""
+        return self.point[0]
 
     def apply(self, changes: Changes) -> None:
         """Make the changed recordings what the catalogue says they are now.
@@ -89,7 +95,7 @@ class VectorIndex:
                 self._faiss.add_with_ids(changes.vectors, numbers)
             self._recordings -= changes.recordings
             self._recordings.update(np.unique(changes.owners).tolist())
-            self.seq = changes.seq
+            self.point = (changes.seq, changes.token)
 
     def search(
         self,
@@ -188,9 +194,11 @@ class VectorIndex:
                 return
             temporary = folder / "saving.faiss"
             with self._lock.gen_rlock():
-                name = _file_name(self.seq)
+                name = _file_name(*self.point)
                 faiss.write_index(self._faiss, str(temporary))
-                snapshot = Snapshot(1, name, sha256_of(temporary), len(self), self.dim, self.model, self.seq)
+                snapshot = Snapshot(
+                    1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
+                )
             _place(temporary, folder / name)
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
@@ -207,7 +215,7 @@ class VectorIndex:
             snapshot = Snapshot(**json.loads((folder / "manifest.json").read_text()))
             if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
                 return index
-            if snapshot.file != _file_name(snapshot.seq):
+            if snapshot.file != _file_name(snapshot.seq, snapshot.token):
                 return index
             path = folder / snapshot.file
             if sha256_of(path) != snapshot.sha256:
@@ -217,7 +225,7 @@ class VectorIndex:
                 return index
             index._faiss = loaded
             index._recordings = set(np.unique(index._numbers() >> _ORDINAL_BITS).tolist())
-            index.seq = snapshot.seq
+            index.point = (snapshot.seq, snapshot.token)
         return index
 
 
@@ -246,9 +254,9 @@ def _check(vectors: Embeddings, dim: int) -> None:
         raise ValueError("a vector is not finite and of unit length")
 
 
-def _file_name(seq: int) -> str:
-    """A snapshot's name repeats its `seq`, so that a damaged manifest contradicts itself."""
-    return f"vectors-{seq:d}.faiss"
+def _file_name(seq: int, token: str) -> str:
+    """A snapshot's name repeats its point, so that a damaged manifest contradicts itself."""
+    return f"vectors-{seq:d}-{token}.faiss"
 
 
 def _place(temporary: Path, final: Path) -> None:

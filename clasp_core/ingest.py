@@ -27,6 +27,8 @@ from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
 _log = logging.getLogger(__name__)
 
 LEASE_S: Seconds = 20.0
+AFTER_FAILURE_S: Seconds = 0.5
+"""Pause after an unexpected error, so that trouble of the machine does not use up all attempts at once."""
 TOGETHER = 8
 """Recordings leased, and segments embedded, at once."""
 
@@ -100,6 +102,7 @@ class Ingester:
                 # counted against the recordings, which are tried alone from now on, a bounded number of times
                 _log.exception("processing failed", extra={"recordings": [item.id for item in leased]})
                 self._library.catalog.release(self.owner, died=True)
+                self._stopping.wait(AFTER_FAILURE_S)
         return len(leased)
 
     def _process(self, jobs: list[_Job]) -> None:

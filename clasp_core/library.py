@@ -72,7 +72,7 @@ class Library:
         self._dim = dim
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
-        self._saved_seq = 0
+        self._saved = (0, "")
         if embed_anew:
             self.catalog.embed_anew(model)
         if others := self.catalog.other_models(model):
@@ -83,8 +83,10 @@ class Library:
             )
 
     def close(self) -> None:
-        self.save_index()
-        self.catalog.close()
+        try:
+            self.save_index()
+        finally:
+            self.catalog.close()
 
     # --- recordings
 
@@ -193,26 +195,24 @@ class Library:
         """The index, brought up to everything the catalogue has committed."""
         with self._refreshing:
             if self._index is None:
-                self._index = self._trusted_index()
-                self._saved_seq = self._index.seq
-            if self.catalog.last_change() != self._index.seq:
-                while changes := self.catalog.changes(self._index.seq, limit=CHANGES_AT_ONCE, dim=self._dim):
+                self._index = VectorIndex.load(self._index_dir, self._dim, self.model)
+                self._saved = self._index.point
+            if self._index.point != self.catalog.last_change():
+                if not self.catalog.holds(self._index.point):
+                    # the catalogue was put back to an earlier state, by a restored backup say: start over
+                    self._index = VectorIndex(self._dim, self.model)
+                while changes := self.catalog.changes(
+                    self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
+                ):
                     self._index.apply(changes)
             return self._index
 
-    def _trusted_index(self) -> VectorIndex:
-        index = VectorIndex.load(self._index_dir, self._dim, self.model)
-        if index.seq > self.catalog.last_change():
-            # the catalogue was put back to an earlier state (a restored backup): start over from it
-            return VectorIndex(self._dim, self.model)
-        return index
-
     def save_index(self) -> None:
         """Write a snapshot, if anything changed since the last, so that the next start is quick."""
-        if self._index is not None and self._index.seq != self._saved_seq:
-            seq = self._index.seq
+        if self._index is not None and self._index.point != self._saved:
+            point = self._index.point
             self._index.save(self._index_dir)
-            self._saved_seq = seq
+            self._saved = point
 
 
 def check_name(field: str, value: str) -> str:

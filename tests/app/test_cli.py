@@ -82,7 +82,7 @@ def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
     ("arguments", "words"),
     [
         (["search", ""], ["empty"]), (["search", "a", "--lang", "fa_IR"], ["fa_IR"]),
-        (["embed", "--text", " \t"], ["empty"]), (["embed", "--audio", __file__], ["decode"]),
+        (["embed", "--text", " \t"], ["empty"]), (["embed", "--audio", __file__], ["audio"]),
         (["index", __file__, "--lang", "fa_IR"], ["fa_IR"]), (["index", __file__, "--collection", "a b"], ["collection"]),
         (["evaluate", __file__], ["line 1"]), (["evaluate", str(SAMPLES / "manifest.jsonl"), "--split", "none"], ["no item"]),
         (["evaluate", str(SAMPLES / "manifest.jsonl"), "--model", "huge"], ["huge", "mini"]),

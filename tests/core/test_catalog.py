@@ -200,7 +200,7 @@ def test_a_completed_recording_is_ready_with_its_segments(catalog: Catalog) -> N
     assert complete(catalog, recording, vectors)
     done = catalog.get("one")
     assert (done.status, done.duration_s, done.segments, done.model) == ("ready", 3.0, 3, MODEL)
-    changes = catalog.changes(0, limit=10, dim=DIM)
+    changes = catalog.changes(0, limit=10, model=MODEL, dim=DIM)
     assert changes is not None
     assert changes.vectors[np.argsort(changes.ordinals)].tobytes() == vectors.tobytes()
     assert catalog.spans([(recording.key, 1), (recording.key, 9)]) == {(recording.key, 1): (1.0, 2.0)}
@@ -232,7 +232,7 @@ def test_an_expired_lease_passes_on_and_its_first_owner_is_refused(catalog: Cata
     segments = segments_of(random_vectors(2, 2))
     assert catalog.complete(recording.key, "second", duration_s=2.0, model=MODEL, segments=segments)
     assert not catalog.complete(recording.key, "first", **late)
-    assert (catalog.get("one").model, catalog.last_change()) == (MODEL, 1)
+    assert (catalog.get("one").model, catalog.last_change()[0]) == (MODEL, 1)
 
 
 def test_an_extended_lease_stays_with_its_owner(catalog: Catalog) -> None:
@@ -330,7 +330,7 @@ def test_a_recording_deleted_at_work_stays_deleted(catalog: Catalog) -> None:
     segments = segments_of(random_vectors(0, 1))
     assert not catalog.complete(recording.key, "me", duration_s=1.0, model=MODEL, segments=segments)
     assert not catalog.fail(recording.key, "me", code="x", detail="x")
-    changes = catalog.changes(0, limit=10, dim=DIM)
+    changes = catalog.changes(0, limit=10, model=MODEL, dim=DIM)
     assert changes is not None
     assert len(changes.vectors) == 0
     assert catalog.spans([(recording.key, 0)]) == {}
@@ -381,12 +381,12 @@ def test_changes_come_in_order_and_can_be_read_again(catalog: Catalog) -> None:
     for number, recording in enumerate(recordings):
         complete(catalog, recording, random_vectors(number, 1 + number % 2))
     catalog.delete("1")
-    assert catalog.last_change() == 6
+    assert catalog.last_change()[0] == 6
 
     seen: list[frozenset[int]] = []
     after = 0
-    while changes := catalog.changes(after, limit=2, dim=DIM):
-        again = catalog.changes(after, limit=2, dim=DIM)
+    while changes := catalog.changes(after, limit=2, model=MODEL, dim=DIM):
+        again = catalog.changes(after, limit=2, model=MODEL, dim=DIM)
         assert again is not None
         assert (again.seq, again.recordings) == (changes.seq, changes.recordings)
         assert again.vectors.tobytes() == changes.vectors.tobytes()
@@ -394,7 +394,7 @@ def test_changes_come_in_order_and_can_be_read_again(catalog: Catalog) -> None:
         after = changes.seq
     keys = [recording.key for recording in recordings]
     assert seen == [frozenset(keys[0:2]), frozenset(keys[2:4]), frozenset({keys[4], keys[1]})]
-    assert after == catalog.last_change()
+    assert after == catalog.last_change()[0]
 
 
 def test_changes_show_recordings_as_they_are_now(catalog: Catalog) -> None:
@@ -403,11 +403,11 @@ def test_changes_show_recordings_as_they_are_now(catalog: Catalog) -> None:
     complete(catalog, kept, random_vectors(1, 2))
     complete(catalog, gone, random_vectors(2, 2))
     catalog.delete("gone")
-    changes = catalog.changes(0, limit=10, dim=DIM)
+    changes = catalog.changes(0, limit=10, model=MODEL, dim=DIM)
     assert changes is not None
     assert changes.recordings == {kept.key, gone.key}
     assert set(changes.owners.tolist()) == {kept.key}
-    assert catalog.changes(changes.seq, limit=10, dim=DIM) is None
+    assert catalog.changes(changes.seq, limit=10, model=MODEL, dim=DIM) is None
 
 
 def test_other_models_are_named(catalog: Catalog) -> None:
@@ -526,7 +526,7 @@ def test_what_was_committed_is_there_after_reopening(url: str) -> None:
     first.close()
     second = Catalog(url)
     assert second.get("one").status == "ready"
-    assert second.last_change() == 1
+    assert second.last_change()[0] == 1
     second.close()
 
 
@@ -621,7 +621,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9(url: str, tmp_path: Path) -> Non
     assert "ready" in acknowledged.values()
 
     catalog = Catalog(url)
-    changes = catalog.changes(0, limit=10**6, dim=DIM)
+    changes = catalog.changes(0, limit=10**6, model=MODEL, dim=DIM)
     assert changes is not None
     ready = catalog.page(collection=None, status="ready", before=None, limit=10**6)
     assert {name for name, status in acknowledged.items() if status == "ready"} <= set(ids(ready))

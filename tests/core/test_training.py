@@ -80,7 +80,9 @@ def test_the_loss_is_the_symmetric_cross_entropy_of_its_definition() -> None:
         clips = [c for c, p in enumerate(places.tolist()) if c == row or number[p] != number[place]]
         scores = [float(vectors[c] @ targets[place]) / 0.05 for c in clips]
         expected += np.log(np.exp(scores).sum()) - float(vectors[row] @ targets[place]) / 0.05
-    assert float(_contrastive(vectors, places, targets, number, 0.05)) == pytest.approx(expected / 6, rel=1e-5)
+    assert float(_contrastive(vectors, places, targets, number, 0.05)) == pytest.approx(
+        expected / 6, rel=1e-5
+    )
 
 
 def test_a_misspelt_setting_is_refused(tmp_path: Path) -> None:

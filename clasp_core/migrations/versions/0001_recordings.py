@@ -45,5 +45,6 @@ def upgrade() -> None:
         "changes",
         sa.Column("seq", key, primary_key=True, autoincrement=True),
         sa.Column("recording", key, nullable=False),
+        sa.Column("token", sa.Text, nullable=False),
         sqlite_autoincrement=True,
     )

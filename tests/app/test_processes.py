@@ -1,0 +1,331 @@
+"""The life and death of processes: what was acknowledged survives every kill, and nothing outlives its time."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.audio_files import encode, speech
+from tests.conftest import Sample
+from tests.service import RunningService, clasp, eventually, is_alive
+
+
+def recording(seed: int) -> bytes:
+    """A second of babble unlike any other seed's."""
+    return encode(speech(1.0, seed=seed), 16_000)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[RunningService]:
+    """A service of this test's own."""
+    with RunningService(tmp_path) as running:
+        yield running.start()
+
+
+def all_ready(service: RunningService, ids: list[str], within_s: float) -> None:
+    """Wait until these and all others are ready, and none failed."""
+
+    def settled() -> bool:
+        states = {item["id"]: item for item in service.listed(limit=1000)}
+        assert not [item for item in states.values() if item["status"] == "failed"]
+        assert states.keys() >= set(ids), f"acknowledged, but missing: {set(ids) - states.keys()}"
+        return all(item["status"] == "ready" for item in states.values())
+
+    eventually(settled, within_s=within_s)
+
+
+# --- the worker
+
+
+def test_a_killed_worker_is_replaced_and_loses_nothing(alone: RunningService) -> None:
+    """Decoders and models crash, and kernels kill for memory; the queue must be worked off all the same."""
+    ids = []
+    for number in range(24):
+        ids.append(alone.upload(recording(number)).raise_for_status().json()["id"])
+        if number in (8, 16):
+            eventually(alone.worker_pids, within_s=30)
+            alone.kill_workers()
+    all_ready(alone, ids, within_s=90)
+    assert len(alone.listed()) == len(ids)
+    assert alone.metric("clasp_worker_restarts_total") >= 1
+    assert len(alone.found("anything", limit=1000)) == len(ids)
+
+
+def test_readiness_tells_of_a_missing_worker(alone: RunningService) -> None:
+    """Load balancers should know; but questions go on being answered, for they need no worker."""
+    alone.ready(recording(0))
+    alone.kill_workers()
+    refusal = eventually(
+        lambda: answer if (answer := alone.client.get("/readyz")).status_code == 503 else None, within_s=5
+    )
+    assert refusal.json()["code"] == "not_ready"
+    assert refusal.headers["retry-after"] == "2"
+    assert alone.client.get("/healthz").status_code == 200
+    assert len(alone.found("anything")) == 1
+    alone.wait_until_ready()
+
+
+# --- the API process
+
+
+def test_workers_end_when_the_api_is_killed(alone: RunningService) -> None:
+    """Orphans would go on writing beside the next service, and hold its memory."""
+    for number in range(10):
+        alone.upload(recording(number)).raise_for_status()
+    processes = alone.processes()
+    assert len(processes) >= 2
+    alone.kill()
+    eventually(lambda: not any(map(is_alive, processes)), within_s=25)
+
+
+def test_sigterm_ends_everything_in_time(alone: RunningService, samples: dict[str, Sample]) -> None:
+    """Container platforms give 30 seconds and then kill; status 0 says that nothing went wrong. What was
+    in the middle of being embedded is simply done after the next start."""
+    long = alone.upload(samples["en-village-news"].content).json()["id"]
+    eventually(lambda: alone.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
+    processes = alone.processes()
+    began = time.monotonic()
+    assert alone.stop() == 0
+    assert time.monotonic() - began < 30
+    eventually(lambda: not any(map(is_alive, processes)), within_s=5)
+    assert "Fatal Python error" not in alone.log()
+    alone.start()
+    assert alone.settled(long)["status"] == "ready"
+
+
+def test_everything_is_as_it_was_after_a_restart(alone: RunningService, samples: dict[str, Sample]) -> None:
+    """The index in memory is a copy; it must come back the same, from its snapshot or without."""
+    for name in ("en-bees", "fr-lift", "es-bread", "en-doctor"):
+        alone.ready(samples[name].content, id=name, metadata=json.dumps({"name": name}))
+    alone.client.delete("/audio/fr-lift").raise_for_status()
+    before = (alone.listed(), alone.found("bees in the hive"))
+    index = alone.data_dir / "index_data" / "index"
+    damage: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: shutil.rmtree(index),
+        lambda: [path.write_bytes(path.read_bytes()[:-100]) for path in index.glob("vectors-*")],
+        lambda: [path.write_bytes(b"\xff" + path.read_bytes()[1:]) for path in index.glob("vectors-*")],
+        lambda: (index / "manifest.json").write_text('{"format": 1'),
+    ]
+    for spoil in damage:
+        assert alone.stop() == 0
+        assert list(index.glob("vectors-*"))
+        spoil()
+        alone.start()
+        assert (alone.listed(), alone.found("bees in the hive")) == before
+
+
+# --- at any moment
+
+
+@dataclass
+class Ledger:
+    """What several clients were told while everything was being killed around them."""
+
+    kept: dict[str, bytes] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
+    """Ids whose deletion was asked for and never answered."""
+    statuses: set[int] = field(default_factory=set)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def client(self, base_url: httpx.URL, number: int) -> None:
+        """Upload, now and then delete, and note the answers; what is not answered is tried again."""
+        chance = random.Random(number)
+        seeds = iter(range(number * 100_000, (number + 1) * 100_000))
+        pending: bytes | None = None
+        recent: list[str] = []
+        with httpx.Client(base_url=base_url, timeout=30) as client:
+            while not self.over.is_set():
+                try:
+                    if recent and chance.random() < 0.25:
+                        self._delete(client, recent.pop(chance.randrange(len(recent))))
+                        continue
+                    pending = pending or encode(speech(0.5, seed=next(seeds)), 8_000)
+                    answer = client.post("/audio", files={"file": pending})
+                    self.statuses.add(answer.status_code)
+                    if answer.is_success:
+                        self.kept[answer.json()["id"]] = pending
+                        recent.append(answer.json()["id"])
+                        pending = None
+                    client.get("/search", params={"q": "anything"})
+                except httpx.TransportError:
+                    self.over.wait(0.1)
+                self.over.wait(0.1)
+
+    def _delete(self, client: httpx.Client, recording_id: str) -> None:
+        self.unsure.add(recording_id)
+        answer = client.delete(f"/audio/{recording_id}")
+        self.statuses.add(answer.status_code)
+        if answer.status_code == 204:
+            self.deleted.add(recording_id)
+            self.unsure.discard(recording_id)
+
+
+def kill_at_random(service: RunningService, rounds: int, seed: int) -> Ledger:
+    """Kill the worker and the API by turns at random moments, while four clients go on."""
+    chance = random.Random(seed)
+    ledger = Ledger()
+    clients = [
+        threading.Thread(target=ledger.client, args=[service.client.base_url, number]) for number in range(4)
+    ]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(rounds):
+            ledger.over.wait(chance.uniform(0.2, 2.0))
+            service.kill_workers()
+            ledger.over.wait(chance.uniform(0.0, 1.5))
+            service.kill()
+            service.start(wait=False)
+            service.wait_until_ready()
+    finally:
+        ledger.over.set()
+        for client in clients:
+            client.join()
+    return ledger
+
+
+def check_nothing_is_lost(service: RunningService, ledger: Ledger) -> None:
+    """The invariants: acknowledged means kept, deleted means gone, and nothing is there twice."""
+    assert ledger.statuses <= {200, 202, 204, 404}, ledger.statuses
+    wanted = ledger.kept.keys() - ledger.deleted - ledger.unsure
+    assert len(wanted) > 5
+    all_ready(service, list(wanted), within_s=120)
+    listed = service.listed(limit=1000)
+    ids = [item["id"] for item in listed]
+    assert len(ids) == len(set(ids))
+    assert len({item["sha256"] for item in listed}) == len(listed)
+    assert ledger.deleted.isdisjoint(ids)
+    hits = {hit["id"] for hit in service.found("anything", limit=1000)}
+    assert hits == set(ids)
+    for recording_id in list(wanted)[:3]:
+        best = service.found_by_sound(ledger.kept[recording_id])[0]
+        assert best["id"] == recording_id
+        assert best["score"] > 0.999
+    assert service.stored() >= {f"{item['sha256'][:2]}/{item['sha256'][2:]}" for item in listed}
+
+
+def test_nothing_acknowledged_is_lost_whoever_is_killed_when(alone: RunningService) -> None:
+    """The promise that a library stands on. Six kills here; `make test-slow` has many more."""
+    ledger = kill_at_random(alone, rounds=3, seed=1)
+    check_nothing_is_lost(alone, ledger)
+    assert alone.stop() == 0
+    alone.start()
+    check_nothing_is_lost(alone, ledger)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_nothing_acknowledged_is_lost_in_many_kills(alone: RunningService, seed: int) -> None:
+    """The same for longer and with other moments: the rare ones are what power cuts hit."""
+    check_nothing_is_lost(alone, kill_at_random(alone, rounds=15, seed=seed))
+
+
+# --- starts that must fail
+
+
+def refuses_to_start(folder: Path, *words: str, **settings: object) -> None:
+    """That `clasp serve` ends with 1 and one line for people that says why, logging aside."""
+    done = clasp("serve", "--port", 0, cwd=folder, **settings)
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert line.startswith("clasp: ")
+    for word in words:
+        assert word in line
+
+
+def test_wrong_weights_are_refused(tmp_path: Path) -> None:
+    """A damaged or swapped weights file gives plausible nonsense; better to say which file, and its hash."""
+    from clasp_core.encoders.e5 import E5_SMALL
+
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    shutil.copy(E5_SMALL.locate(None), folder / E5_SMALL.local_name)
+    with (folder / E5_SMALL.local_name).open("r+b") as file:
+        file.seek(1000)
+        file.write(b"spoilt")
+    refuses_to_start(tmp_path, E5_SMALL.local_name, "sha256", E5_SMALL.sources[0].sha256, models_dir=folder)
+
+
+def test_a_taken_port_is_refused(tmp_path: Path) -> None:
+    """The commonest mistake of all: it is already running."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = clasp("serve", "--port", port, cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "address already in use" in line.lower()]
+    assert str(port) in line
+    assert "Traceback" not in done.stderr
+
+
+def test_the_data_of_another_model_is_refused(tmp_path: Path, bees: bytes) -> None:
+    """Vectors of two models in one index would rank nonsense; the line says what can be done about it."""
+    from safetensors.numpy import load_file, save_file
+
+    from clasp_core import models
+
+    (tmp_path / "bees.opus").write_bytes(bees)
+    assert clasp("index", "bees.opus", cwd=tmp_path).returncode == 0
+    other = tmp_path / "other"
+    shutil.copytree(Path(models.__file__).parent / "weights" / "mini", other)
+    weights = load_file(other / "fusion.safetensors")
+    name = min(weights)
+    save_file(weights | {name: weights[name] * 1.01}, other / "fusion.safetensors")
+    refuses_to_start(tmp_path, "another model", "clasp reindex", model=other)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """A wrong mount shows at the start, not at the first upload."""
+    (tmp_path / "file").write_text("")
+    refuses_to_start(tmp_path, "file", data_dir=tmp_path / "file" / "index_data")
+
+
+def test_a_second_service_may_share_the_data(alone: RunningService, bees: bytes) -> None:
+    """Two on one data directory (a rolling update) answer the same, each as soon as the other has said so."""
+    with RunningService(alone.data_dir) as second:
+        second.start()
+        record = alone.ready(bees, id="bees")
+        assert second.client.get("/audio/bees").json() == record
+        assert second.found("bees in the hive") == alone.found("bees in the hive")
+        second.client.delete("/audio/bees").raise_for_status()
+        assert alone.found("bees in the hive") == []
+        assert second.stop() == 0
+
+
+def test_one_more_worker_helps(alone: RunningService) -> None:
+    """`clasp worker` on the same data directory embeds beside the service's own, and ends politely."""
+    import subprocess
+    import sys
+
+    from tests.service import environment
+
+    alone.kill()
+    alone.settings["workers"] = 0
+    alone.start()
+    uploaded = alone.upload(recording(1)).json()["id"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "worker"],
+        env=environment(**alone.settings),
+        cwd=alone.data_dir,
+        stderr=subprocess.DEVNULL,
+    ) as worker:
+        with contextlib.ExitStack() as cleaning:
+            cleaning.callback(worker.kill)
+            assert alone.settled(uploaded)["status"] == "ready"
+            os.kill(worker.pid, signal.SIGTERM)
+            assert worker.wait(30) == 0
