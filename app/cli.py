@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -52,7 +52,7 @@ def main() -> None:
         _fail(str(error))
 
 
-def _fail(reason: str) -> None:
+def _fail(reason: str) -> NoReturn:
     sys.stderr.write(f"clasp: {reason}\n")
     raise SystemExit(1)
 
@@ -63,6 +63,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to bind to.", min=0, max=65535)] = None,
 ) -> None:
     import signal
+    import socket
 
     import uvicorn
 
@@ -73,14 +74,16 @@ def serve(
     configure_logging(settings.log_level)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())  # uvicorn raises the signal again when it has shut down
-    server = uvicorn.Config(
-        create_app(settings),
-        host=host if host is not None else settings.host,
-        port=port if port is not None else settings.port,
-        log_config=None,
-        timeout_graceful_shutdown=20,
-    )
-    uvicorn.Server(server).run()
+    app = create_app(settings)
+    address = (host if host is not None else settings.host, port if port is not None else settings.port)
+    try:
+        listening = socket.create_server(
+            address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        _fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
+    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=20)
+    uvicorn.Server(server).run([listening])
 
 
 @cli.command(help="Run one more ingest worker on the same data directory.")
