@@ -82,7 +82,9 @@ def searchable(service: RunningService, samples: dict[str, Sample]) -> str:
     """The name of a collection that holds every sample, ready to be found."""
     for sample in samples.values():
         form = {"id": sample.id, "lang": sample.line["lang"], "collection": "samples"}
-        uploaded = service.upload(sample.content, **form, metadata=json.dumps({"voice": sample.line["speaker"]}))
+        uploaded = service.upload(
+            sample.content, **form, metadata=json.dumps({"voice": sample.line["speaker"]})
+        )
         assert uploaded.status_code == 202, uploaded.text
     for sample in samples.values():
         assert service.settled(sample.id, within_s=120)["status"] == "ready"

@@ -109,7 +109,9 @@ class RunningService:
     def worker_pids(self) -> list[int]:
         """Processes of this service's workers, found by their parent."""
         assert self.process is not None
-        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True
+        )
         lines = found.stdout.decode().splitlines()
         return [int(line.split()[0]) for line in lines if " worker " in line]
 

@@ -13,7 +13,18 @@ from tests.audio_files import encode, speech, tone
 from tests.conftest import SAMPLES, Sample
 from tests.service import RunningService, clasp
 
-VERBS = ["serve", "worker", "index", "search", "embed", "evaluate", "train", "reindex", "models", "models list"]
+VERBS = [
+    "serve",
+    "worker",
+    "index",
+    "search",
+    "embed",
+    "evaluate",
+    "train",
+    "reindex",
+    "models",
+    "models list",
+]
 FIGURES = {"n", "pool", "hits@1", "hits@5", "hits@10", "mrr", "mean_rank", "macro_f1"}
 
 
@@ -38,7 +49,11 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, Sample]
     folder = tmp_path_factory.mktemp("cli")
     recordings = folder / "recordings"
     (recordings / "more").mkdir(parents=True)
-    for name, place in (("en-bees", "more/bees.opus"), ("en-volcano", "volcano.opus"), ("es-bread", "pan y água.opus")):
+    for name, place in (
+        ("en-bees", "more/bees.opus"),
+        ("en-volcano", "volcano.opus"),
+        ("es-bread", "pan y água.opus"),
+    ):
         (recordings / place).write_bytes(samples[name].content)
     (recordings / "notes.txt").write_text("not a recording")
     (recordings / ".hidden.opus").write_bytes(samples["en-doctor"].content)
@@ -82,14 +97,16 @@ def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
     ("arguments", "words"),
     [
         (["search", ""], ["empty"]), (["search", "a", "--lang", "fa_IR"], ["fa_IR"]),
-        (["embed", "--text", " \t"], ["empty"]), (["embed", "--audio", __file__], ["audio"]),
+        (["embed", "--text", " \t"], ["empty"]), (["embed", "--audio", __file__], ["sound"]),
         (["index", __file__, "--lang", "fa_IR"], ["fa_IR"]), (["index", __file__, "--collection", "a b"], ["collection"]),
         (["evaluate", __file__], ["line 1"]), (["evaluate", str(SAMPLES / "manifest.jsonl"), "--split", "none"], ["no item"]),
         (["evaluate", str(SAMPLES / "manifest.jsonl"), "--model", "huge"], ["huge", "mini"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )  # fmt: skip
-def test_what_cannot_be_done_is_1_and_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_what_cannot_be_done_is_1_and_one_line(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
     """A person reads one sentence and knows what to change; a traceback says that we did not think of them."""
     failed(clasp(*arguments, cwd=tmp_path), *words)
 
@@ -162,7 +179,10 @@ def test_a_search_is_shown_as_a_table(indexed: Path) -> None:
     assert done.returncode == 0
     assert "recordings/pan y água.opus" in done.stdout
     assert "0:0" in done.stdout
-    assert clasp("search", "bread", "--collection", "empty", cwd=indexed).stdout == "nothing is indexed here yet\n"
+    assert (
+        clasp("search", "bread", "--collection", "empty", cwd=indexed).stdout
+        == "nothing is indexed here yet\n"
+    )
 
 
 def test_the_command_line_and_a_running_service_share_a_library(tmp_path: Path, bees: bytes) -> None:

@@ -94,7 +94,9 @@ def test_a_bug_too_has_the_one_form(tmp_path: Path) -> None:
         assert body["request_id"] == "unforeseen-1"
         assert "recordings" not in answer.text
         logged = [line for line in map(json.loads, service.log().splitlines()) if line["level"] == "error"]
-        assert any("no such table" in line["exception"] and line["request_id"] == "unforeseen-1" for line in logged)
+        assert any(
+            "no such table" in line["exception"] and line["request_id"] == "unforeseen-1" for line in logged
+        )
         assert service.client.get("/healthz").status_code == 200
 
 
@@ -149,7 +151,9 @@ def test_every_code_is_documented() -> None:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """A service that wants one of two keys."""
-    with RunningService(tmp_path_factory.mktemp("guarded"), api_keys=" first-secret, second-secret ") as running:
+    with RunningService(
+        tmp_path_factory.mktemp("guarded"), api_keys=" first-secret, second-secret "
+    ) as running:
         yield running.start()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import lines
-from tests.service import RunningService
+from tests.service import RunningService, eventually
 
 UPLOADERS, ASKERS = 8, 2
 
@@ -114,12 +114,17 @@ def test_metrics_are_there_and_move(service: RunningService, collection: str, be
     def read() -> dict[str, float]:
         return {key: service.metric(name, **labels) for key, (name, labels) in moving.items()}
 
+    def is_idle() -> bool:
+        return not any(
+            service.metric("clasp_recordings", status=status) for status in ("pending", "processing")
+        )
+
+    eventually(is_idle, within_s=60)
     before = read()
     recording = service.ready(bees + collection.encode(), collection=collection)
     service.found("bees", collection=collection)
+    eventually(lambda: all(now > before[key] for key, now in read().items()), within_s=10)
     after = read()
-    still = [key for key in moving if after[key] <= before[key]]
-    assert not still
     assert after["vectors"] - before["vectors"] == recording["segments"]
     assert after["ready"] - before["ready"] == 1
     service.client.delete(f"/audio/{recording['id']}").raise_for_status()

@@ -319,9 +319,8 @@ def test_one_more_worker_helps(alone: RunningService) -> None:
         env=environment(**alone.settings),
         cwd=alone.data_dir,
         stderr=subprocess.DEVNULL,
-    ) as worker:
-        with contextlib.ExitStack() as cleaning:
-            cleaning.callback(worker.kill)
-            assert alone.settled(uploaded)["status"] == "ready"
-            os.kill(worker.pid, signal.SIGTERM)
-            assert worker.wait(30) == 0
+    ) as worker, contextlib.ExitStack() as cleaning:
+        cleaning.callback(worker.kill)
+        assert alone.settled(uploaded)["status"] == "ready"
+        os.kill(worker.pid, signal.SIGTERM)
+        assert worker.wait(30) == 0

@@ -43,7 +43,9 @@ def test_an_unknown_id_is_not_found(service: RunningService, collection: str, pa
         assert answer.json()["code"] == "recording_not_found"
 
 
-@pytest.mark.parametrize("path", ["/audio/..%2F..%2Fcatalog.sqlite3", "/audio/%2e%2e%2f%2e%2e%2fetc%2fpasswd/content"])
+@pytest.mark.parametrize(
+    "path", ["/audio/..%2F..%2Fcatalog.sqlite3", "/audio/%2e%2e%2f%2e%2e%2fetc%2fpasswd/content"]
+)
 def test_an_id_is_never_a_path(service: RunningService, path: str) -> None:
     """The data directory holds more than recordings, and the machine more than the data directory."""
     answer = service.raw(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
@@ -121,9 +123,7 @@ def test_a_listing_s_parameters_are_checked(
 # --- deleting
 
 
-def test_what_is_deleted_is_gone(
-    service: RunningService, collection: str, bees: bytes
-) -> None:
+def test_what_is_deleted_is_gone(service: RunningService, collection: str, bees: bytes) -> None:
     """Someone asked to be forgotten: no hit, no record, no bytes, from the moment of the answer."""
     content = bees + collection.encode()  # bytes of no other test
     record = service.ready(content, collection=collection, id=collection)
@@ -156,9 +156,7 @@ def test_bytes_stay_for_as_long_as_a_recording_has_them(
     assert path not in service.stored()
 
 
-def test_what_is_deleted_may_come_back_as_new(
-    service: RunningService, collection: str, bees: bytes
-) -> None:
+def test_what_is_deleted_may_come_back_as_new(service: RunningService, collection: str, bees: bytes) -> None:
     """To upload again is a new beginning: the id is free, and the old record's fields are not inherited."""
     first = service.ready(bees, collection=collection, id=collection, lang="en", metadata='{"n": 1}')
     service.client.delete(f"/audio/{collection}").raise_for_status()

@@ -54,7 +54,9 @@ def test_a_long_recording_is_found_at_the_right_minute(
 
 
 @pytest.mark.parametrize(
-    "question", [q for q in QUESTIONS if "expect_start_s" in q and q["lang"] == "en"], ids=lambda q: q["q"][:30]
+    "question",
+    [q for q in QUESTIONS if "expect_start_s" in q and q["lang"] == "en"],
+    ids=lambda q: q["q"][:30],
 )
 def test_a_question_about_the_long_recording_meets_its_topic(
     service: RunningService, searchable: str, question: dict[str, Any]
@@ -127,7 +129,9 @@ def test_a_score_is_the_cosine_of_the_two_vectors(
         assert done.returncode == 0, done.stderr
         vectors[name] = np.array(json.loads(done.stdout)["vector"])
         assert np.linalg.norm(vectors[name]) == pytest.approx(1, abs=1e-4)
-    (hit,) = [hit for hit in service.found(question, lang="en", collection=searchable) if hit["id"] == "en-bees"]
+    (hit,) = [
+        hit for hit in service.found(question, lang="en", collection=searchable) if hit["id"] == "en-bees"
+    ]
     assert len(hit["segments"]) == 1
     assert hit["score"] == pytest.approx(float(vectors["text"] @ vectors["audio"]), abs=1e-4)
 
@@ -189,7 +193,9 @@ def test_a_metadata_filter_compares_exactly(
     """A filter is often a permission; SQL's habit of taking "abc" for 0 must not let one pass."""
     service.ready(bees, collection=collection, metadata=json.dumps({"m": value}))
     for wanted in same:
-        assert ask(service, q="bees", collection=collection, filter={"metadata": {"m": wanted}})["hits"], wanted
+        assert ask(service, q="bees", collection=collection, filter={"metadata": {"m": wanted}})["hits"], (
+            wanted
+        )
     for wanted in others:
         narrowed = {"metadata": {"m": wanted}}
         assert ask(service, q="bees", collection=collection, filter=narrowed)["hits"] == [], wanted
@@ -274,9 +280,7 @@ def test_an_invalid_language_is_refused(service: RunningService, tag: str) -> No
     [("a", "a"), ("۴", "4"), ("🎉🐝", "🎉🐝"), ("b\x00e\x01e\x7fs", "bees"), ("the\x1f bees", "the bees"), ("?", "?"), ("ﬁ", "ﬁ"), ("a" * 2000, "a" * 2000), ("蜜蜂" * 1000, "蜜蜂" * 1000), ("bees\u202e\u200f", "bees"), ("'; DROP TABLE recordings; --", "'; DROP TABLE recordings; --"), ("é", "é"), ("\U0010ffff", "\U0010ffff")],
     ids=lambda value: ascii(value)[:20],
 )  # fmt: skip
-def test_any_text_can_be_asked(
-    service: RunningService, searchable: str, text: str, normalized: str
-) -> None:
+def test_any_text_can_be_asked(service: RunningService, searchable: str, text: str, normalized: str) -> None:
     """Questions come from people and from pipes; every one gets its hits and finite scores."""
     answer = ask(service, q=text, collection=searchable)
     assert answer["query"]["normalized"] == normalized
@@ -359,9 +363,7 @@ def test_a_recording_too_long_to_be_a_question_is_refused(
     assert (answer.status_code, answer.json()["code"]) == (413, "audio_too_long")
 
 
-def test_a_recording_asked_about_is_not_kept(
-    service: RunningService, collection: str, bees: bytes
-) -> None:
+def test_a_recording_asked_about_is_not_kept(service: RunningService, collection: str, bees: bytes) -> None:
     """A question is not an upload."""
     kept = service.stored()
     service.found_by_sound(bees + collection.encode())

@@ -77,9 +77,7 @@ def test_a_file_beside_the_data_is_read_and_the_environment_wins(
     ("name", "value"),
     [("port", "70000"), ("port", "http"), ("threads", "-1"), ("workers", "-1"), ("max_upload_bytes", "0"), ("max_duration_s", "0"), ("device", "tpu"), ("log_level", "loud"), ("vector_store", "redis")],
 )  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
+def test_a_setting_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """At the start, rather than by odd behaviour later."""
     monkeypatch.setenv(f"CLASP_{name.upper()}", value)
     with pytest.raises(ValidationError, match=name):

@@ -165,7 +165,20 @@ def test_a_used_id_with_other_bytes_is_a_conflict(
 
 # --- what is refused
 
-BAD_NAMES = ["", ".", "..", ".hidden", "../../etc/passwd", "a/b", "a\\b", "a b", "a\x00b", "é", "x" * 129, "a%2Fb"]
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "../../etc/passwd",
+    "a/b",
+    "a\\b",
+    "a b",
+    "a\x00b",
+    "é",
+    "x" * 129,
+    "a%2Fb",
+]
 BAD_METADATA = ['[1]', '1', 'null', '"a"', '{', '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud83d"}', 'not json']  # fmt: skip
 
 
@@ -492,5 +505,7 @@ def test_media_types_go_by_content(
     """A browser plays what is labelled rightly, whatever the uploading script called it."""
     content = encode(tone(0.5, rate=48_000), 48_000, form)
     headers = {"Content-Type": "application/octet-stream"}
-    answer = service.client.post("/audio", content=content, params={"collection": collection}, headers=headers)
+    answer = service.client.post(
+        "/audio", content=content, params={"collection": collection}, headers=headers
+    )
     assert answer.json()["media_type"] == media_type
