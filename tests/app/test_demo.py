@@ -58,8 +58,13 @@ def test_the_demo_asks_in_many_languages() -> None:
 
 @pytest.mark.parametrize(
     ("change", "right"),
-    [({}, True), ({"expect": "en-doctor"}, False), ({"expect_start_s": 0.0, "expect_end_s": 5.0}, True), ({"expect_start_s": 20.0, "expect_end_s": 30.0}, False)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"expect": "en-doctor"}, False),
+        ({"expect_start_s": 0.0, "expect_end_s": 5.0}, True),
+        ({"expect_start_s": 20.0, "expect_end_s": 30.0}, False),
+    ],
+)
 def test_the_demo_notices_a_wrong_answer(
     demo: ModuleType, service: RunningService, bees: bytes, change: dict[str, Any], right: bool
 ) -> None:

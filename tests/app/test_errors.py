@@ -38,18 +38,27 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, A
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/nowhere", 404, "not_found"), ("GET", "/v1/nowhere", 404, "not_found"),
-        ("GET", "/v2/audio", 404, "not_found"), ("GET", "/audio/x/y/z", 404, "not_found"),
-        ("GET", "/audio/unknown", 404, "recording_not_found"), ("DELETE", "/audio/unknown", 404, "recording_not_found"),
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/nowhere", 404, "not_found"),
+        ("GET", "/v2/audio", 404, "not_found"),
+        ("GET", "/audio/x/y/z", 404, "not_found"),
+        ("GET", "/audio/unknown", 404, "recording_not_found"),
+        ("DELETE", "/audio/unknown", 404, "recording_not_found"),
         ("GET", "/audio/unknown/content", 404, "recording_not_found"),
-        ("PUT", "/audio", 405, "method_not_allowed"), ("PATCH", "/audio/x", 405, "method_not_allowed"),
-        ("POST", "/healthz", 405, "method_not_allowed"), ("DELETE", "/search", 405, "method_not_allowed"),
-        ("GET", "/search", 422, "invalid_input"), ("GET", "/search?q=", 422, "empty_query"),
-        ("GET", "/search?q=a&lang=fa_IR", 422, "invalid_language"), ("GET", "/audio?cursor=x", 422, "invalid_field"),
-        ("POST", "/search", 422, "invalid_input"), ("POST", "/audio", 415, "unsupported_media_type"),
-        ("POST", "/search/audio", 415, "unsupported_media_type"), ("OPTIONS", "/audio", 405, "method_not_allowed"),
+        ("PUT", "/audio", 405, "method_not_allowed"),
+        ("PATCH", "/audio/x", 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("DELETE", "/search", 405, "method_not_allowed"),
+        ("GET", "/search", 422, "invalid_input"),
+        ("GET", "/search?q=", 422, "empty_query"),
+        ("GET", "/search?q=a&lang=fa_IR", 422, "invalid_language"),
+        ("GET", "/audio?cursor=x", 422, "invalid_field"),
+        ("POST", "/search", 422, "invalid_input"),
+        ("POST", "/audio", 415, "unsupported_media_type"),
+        ("POST", "/search/audio", 415, "unsupported_media_type"),
+        ("OPTIONS", "/audio", 405, "method_not_allowed"),
     ],
-)  # fmt: skip
+)
 def test_every_error_has_the_one_form(
     service: RunningService, method: str, path: str, status: int, code: str
 ) -> None:
@@ -157,14 +166,23 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         yield running.start()
 
 
-@pytest.mark.parametrize("path", ["/audio", "/v1/audio", "/search?q=a", "/audio/x", "/audio/x/content", "/metrics", "/v1/search?q=a"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    ["/audio", "/v1/audio", "/search?q=a", "/audio/x", "/audio/x/content", "/metrics", "/v1/search?q=a"],
+)
 def test_without_a_key_nothing_is_answered(guarded: RunningService, path: str) -> None:
     """Recordings are people's voices; where a key is set, there is no way round it."""
     for headers in (
-        {}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-secret"}, {"X-API-Key": ""},
-        {"X-API-Key": "first-secre"}, {"X-API-Key": "first-secret,second-secret"}, {"Authorization": "Bearer"},
-        {"X-API-Key": "é".encode()}, {"Host": "localhost/healthz?x="},
-    ):  # fmt: skip
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic first-secret"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "first-secre"},
+        {"X-API-Key": "first-secret,second-secret"},
+        {"Authorization": "Bearer"},
+        {"X-API-Key": "é".encode()},
+        {"Host": "localhost/healthz?x="},
+    ):
         answer = guarded.client.get(path, headers=headers)
         check_problem(answer, 401, "unauthorized")
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -180,8 +198,12 @@ def test_a_body_without_a_key_is_not_read(guarded: RunningService) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Authorization": "Bearer first-secret"}, {"authorization": "bearer second-secret"}, {"X-API-Key": "second-secret"}],
-)  # fmt: skip
+    [
+        {"Authorization": "Bearer first-secret"},
+        {"authorization": "bearer second-secret"},
+        {"X-API-Key": "second-secret"},
+    ],
+)
 def test_any_of_the_keys_opens_in_either_header(guarded: RunningService, headers: dict[str, str]) -> None:
     """Two keys let an operator change one without an outage; two headers suit the clients there are."""
     assert guarded.client.get("/audio", headers=headers).status_code == 200

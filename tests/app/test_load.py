@@ -80,7 +80,7 @@ def load(service: RunningService, speech_dev: Path, count: int) -> None:
 
 @pytest.mark.speech_dev
 def test_sixty_real_clips_from_eight_clients(busy: RunningService, speech_dev: Path) -> None:
-    """A morning's uploads: every one is acknowledged and found, and two people who search meanwhile do not wait."""
+    """A morning's uploads: every one is acknowledged and found, and who searches meanwhile does not wait."""
     load(busy, speech_dev, 60)
 
 

@@ -70,8 +70,12 @@ def test_uploads_are_described_both_ways(described: dict[str, Any]) -> None:
     """The form and the raw body cannot be seen in our code's signatures, so they are said by hand."""
     content = described["paths"]["/audio"]["post"]["requestBody"]["content"]
     assert content["multipart/form-data"]["schema"]["properties"].keys() == {
-        "file", "id", "lang", "collection", "metadata",
-    }  # fmt: skip
+        "file",
+        "id",
+        "lang",
+        "collection",
+        "metadata",
+    }
     assert "audio/*" in content
 
 

@@ -28,9 +28,17 @@ def test_a_record_says_everything_that_the_contract_names(
     """Outside scripts read these names; one that goes missing breaks them."""
     record = service.ready(bees, collection=collection, id=collection)
     assert record.keys() >= {
-        "id", "status", "duration_s", "segments", "lang", "collection", "metadata", "sha256", "created_at",
+        "id",
+        "status",
+        "duration_s",
+        "segments",
+        "lang",
+        "collection",
+        "metadata",
+        "sha256",
+        "created_at",
         "error",
-    }  # fmt: skip
+    }
     assert record["links"] == {"self": f"/audio/{collection}", "content": f"/audio/{collection}/content"}
 
 
@@ -104,13 +112,18 @@ def test_a_listing_is_narrowed_by_status_and_collection(
 @pytest.mark.parametrize(
     ("parameters", "code"),
     [
-        ({"cursor": "zzz"}, "invalid_field"), ({"cursor": ""}, "invalid_field"),
-        ({"cursor": "MTo"}, "invalid_field"), ({"cursor": "MTotNQ"}, "invalid_field"),
-        ({"cursor": "۱" * 9}, "invalid_field"), ({"cursor": "MTo5OTk5OTk5OTk5OTk5OTk5OTk5OTk5"}, "invalid_field"),
-        ({"limit": "0"}, "invalid_input"), ({"limit": "1001"}, "invalid_input"),
-        ({"limit": "ten"}, "invalid_input"), ({"status": "lost"}, "invalid_input"),
+        ({"cursor": "zzz"}, "invalid_field"),
+        ({"cursor": ""}, "invalid_field"),
+        ({"cursor": "MTo"}, "invalid_field"),
+        ({"cursor": "MTotNQ"}, "invalid_field"),
+        ({"cursor": "۱" * 9}, "invalid_field"),
+        ({"cursor": "MTo5OTk5OTk5OTk5OTk5OTk5OTk5OTk5"}, "invalid_field"),
+        ({"limit": "0"}, "invalid_input"),
+        ({"limit": "1001"}, "invalid_input"),
+        ({"limit": "ten"}, "invalid_input"),
+        ({"status": "lost"}, "invalid_input"),
     ],
-)  # fmt: skip
+)
 def test_a_listing_s_parameters_are_checked(
     service: RunningService, parameters: dict[str, str], code: str
 ) -> None:

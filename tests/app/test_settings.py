@@ -75,8 +75,18 @@ def test_a_file_beside_the_data_is_read_and_the_environment_wins(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "70000"), ("port", "http"), ("threads", "-1"), ("workers", "-1"), ("max_upload_bytes", "0"), ("max_duration_s", "0"), ("device", "tpu"), ("log_level", "loud"), ("vector_store", "redis")],
-)  # fmt: skip
+    [
+        ("port", "70000"),
+        ("port", "http"),
+        ("threads", "-1"),
+        ("workers", "-1"),
+        ("max_upload_bytes", "0"),
+        ("max_duration_s", "0"),
+        ("device", "tpu"),
+        ("log_level", "loud"),
+        ("vector_store", "redis"),
+    ],
+)
 def test_a_setting_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """At the start, rather than by odd behaviour later."""
     monkeypatch.setenv(f"CLASP_{name.upper()}", value)

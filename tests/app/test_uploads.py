@@ -1,4 +1,4 @@
-"""Uploads through the front door: what is accepted, what is refused, and that nothing is kept of the latter."""
+"""Uploads through the front door: what is accepted, what is refused, and that nothing of that is kept."""
 
 import hashlib
 import json
@@ -15,6 +15,15 @@ from tests.service import RunningService, eventually
 
 HOSTILE = audio_files.hostile()
 IN_A_MOMENT = {"Prefer": "wait=60"}
+
+
+FORM = "multipart/form-data; boundary=x"
+END = b"--x--\r\n"
+
+
+def part(name: str, content: bytes, more: str = "") -> bytes:
+    """One part of a multipart body, written by hand so that it can be wrong."""
+    return f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
 
 
 def refused(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -179,7 +188,7 @@ BAD_NAMES = [
     "x" * 129,
     "a%2Fb",
 ]
-BAD_METADATA = ['[1]', '1', 'null', '"a"', '{', '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud83d"}', 'not json']  # fmt: skip
+BAD_METADATA = ["[1]", "1", "null", '"a"', "{", '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud83d"}', "not json"]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +243,8 @@ def test_too_large_is_refused_however_it_comes(service: RunningService, collecti
     content = bytes(MAX_UPLOAD_BYTES + 1)
     headers = {"Content-Type": "audio/wav"}
     if "form" in way:
-        content = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + content + b"\r\n--x--\r\n"
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        content = part("file", content) + END
+        headers = {"Content-Type": FORM}
     kept = service.stored()
     body = (content[start : start + 65_536] for start in range(0, len(content), 65_536))
     answer = service.client.post(
@@ -261,26 +270,26 @@ def test_the_largest_accepted_upload_is_accepted(service: RunningService, collec
     ("content_type", "body", "status", "code"),
     [
         ("audio/wav", b"", 422, "empty_upload"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n\r\n--x--\r\n', 422, "empty_upload"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="id"\r\n\r\na\r\n--x--\r\n', 422, "invalid_input"),
-        ("multipart/form-data; boundary=x", b"--x--\r\n", 422, "invalid_input"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\nRIFF', 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b'--y\r\nContent-Disposition: form-data; name="file"\r\n\r\nRIFF\r\n--y--\r\n', 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b"", 400, "malformed_request"),
-        ("multipart/form-data", b"--x\r\n", 400, "malformed_request"),
+        (FORM, part("file", b"") + END, 422, "empty_upload"),
+        (FORM, part("id", b"a") + END, 422, "invalid_input"),
+        (FORM, END, 422, "invalid_input"),
+        (FORM, part("file", b"RIFF"), 400, "malformed_request"),
+        (FORM, part("file", b"RIFF").replace(b"--x", b"--y") + END, 400, "malformed_request"),
+        (FORM, b"", 400, "malformed_request"),
+        ("multipart/form-data", part("file", b"RIFF") + END, 400, "malformed_request"),
         ("multipart/form-data; boundary=" + "x" * 100, b"hello", 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="id"\r\n\r\n\xff\xfe\r\n--x--\r\n', 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="id"\r\n\r\n' + b"a" * 70_000 + b"\r\n--x--\r\n", 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 20 + b"--x--\r\n", 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b"--x\r\n" + b"h: a\r\n" * 10_000 + b"\r\na\r\n--x--\r\n", 400, "malformed_request"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="' + b"a" * 100_000 + b'"\r\n\r\na\r\n--x--\r\n', 400, "malformed_request"),
+        (FORM, part("id", b"\xff\xfe") + END, 400, "malformed_request"),
+        (FORM, part("id", b"a" * 70_000) + END, 400, "malformed_request"),
+        (FORM, part("a", b"1") * 20 + END, 400, "malformed_request"),
+        (FORM, b"--x\r\n" + b"h: a\r\n" * 10_000 + b"\r\na\r\n" + END, 400, "malformed_request"),
+        (FORM, part("a" * 100_000, b"1") + END, 400, "malformed_request"),
         ("text/plain", b"RIFF", 415, "unsupported_media_type"),
         ("application/json", b"{}", 415, "unsupported_media_type"),
         ("application/x-www-form-urlencoded", b"file=RIFF", 415, "unsupported_media_type"),
         ("", b"RIFF", 415, "unsupported_media_type"),
         ("\xff;;;=", b"RIFF", 415, "unsupported_media_type"),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_holds_no_recording_is_refused(
     service: RunningService, content_type: str, body: bytes, status: int, code: str
 ) -> None:
@@ -304,14 +313,14 @@ def test_two_recordings_in_one_form_are_refused(service: RunningService, bees: b
 def test_a_cut_connection_leaves_nothing(service: RunningService, collection: str, form: bool) -> None:
     """Phones lose their network in the middle of an upload; half a recording is no recording."""
     kept = service.stored()
-    kind = "multipart/form-data; boundary=x" if form else "audio/wav"
+    kind = FORM if form else "audio/wav"
     head = (
         f"POST /audio?collection={collection} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
         "Content-Length: 3000000\r\n\r\n"
     )
-    part = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' if form else b""
+    begun = part("file", b"").removesuffix(b"\r\n") if form else b""
     with socket.create_connection(("127.0.0.1", service.port), 10) as connection:
-        connection.sendall(head.encode() + part + bytes(2_000_000))
+        connection.sendall(head.encode() + begun + bytes(2_000_000))
         eventually(lambda: service.stored() != kept, within_s=10)
     eventually(lambda: service.stored() == kept, within_s=10)
     assert service.listed(collection=collection) == []
@@ -378,18 +387,18 @@ def test_a_playlist_reads_no_file_of_ours(service: RunningService, collection: s
     assert answer.json()["error"]["code"] == "undecodable_audio"
 
 
-@pytest.mark.parametrize("name", ["../../../../tmp/clasp-escape", "C:\\x\\y.wav", "a\x00b.wav", "/etc/passwd", "%2e%2e/x", "é" * 300])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["../../../../tmp/clasp-escape", "C:\\x\\y.wav", "a\x00b.wav", "/etc/passwd", "%2e%2e/x", "é" * 300],
+)
 def test_a_file_name_is_never_a_path(
     service: RunningService, collection: str, bees: bytes, name: str
 ) -> None:
     """Names come from strangers: files are stored under their hash, and nowhere else."""
     kept = service.stored()
-    quoted = name.encode().replace(b"\x00", b"%00")
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="file"; filename="' + quoted + b'"\r\n\r\n'
-        + bees + collection.encode() + b"\r\n--x--\r\n"
-    )  # fmt: skip
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    more = f'; filename="{name}"'.replace("\x00", "%00")
+    body = part("file", bees + collection.encode(), more) + END
+    headers = {"Content-Type": FORM}
     answer = service.client.post("/audio", content=body, params={"collection": collection}, headers=headers)
     assert answer.status_code == 202, answer.text
     sha256 = answer.json()["sha256"]
@@ -419,8 +428,14 @@ def test_the_bytes_come_back_as_they_were(service: RunningService, kept: str, be
 
 @pytest.mark.parametrize(
     ("wanted", "part"),
-    [("0-9", slice(0, 10)), ("100-199", slice(100, 200)), ("20000-", slice(20_000, None)), ("-5", slice(-5, None)), ("0-999999999", slice(None))],
-)  # fmt: skip
+    [
+        ("0-9", slice(0, 10)),
+        ("100-199", slice(100, 200)),
+        ("20000-", slice(20_000, None)),
+        ("-5", slice(-5, None)),
+        ("0-999999999", slice(None)),
+    ],
+)
 def test_a_range_is_that_part(
     service: RunningService, kept: str, bees: bytes, wanted: str, part: slice
 ) -> None:
@@ -497,8 +512,17 @@ def test_what_is_served_is_never_called_what_the_uploader_says(
 
 @pytest.mark.parametrize(
     ("form", "media_type"),
-    [("wav-16", "audio/wav"), ("flac", "audio/flac"), ("mp3", "audio/mpeg"), ("ogg-opus", "audio/ogg"), ("m4a", "audio/mp4"), ("aac", "audio/aac"), ("webm", "audio/webm"), ("aiff", "audio/aiff")],
-)  # fmt: skip
+    [
+        ("wav-16", "audio/wav"),
+        ("flac", "audio/flac"),
+        ("mp3", "audio/mpeg"),
+        ("ogg-opus", "audio/ogg"),
+        ("m4a", "audio/mp4"),
+        ("aac", "audio/aac"),
+        ("webm", "audio/webm"),
+        ("aiff", "audio/aiff"),
+    ],
+)
 def test_media_types_go_by_content(
     service: RunningService, collection: str, form: str, media_type: str
 ) -> None:

@@ -78,7 +78,7 @@ def test_vectors_do_not_feel_their_batch() -> None:
 
 
 def test_log_mel_filters_are_slaneys() -> None:
-    """Whisper was trained on these: triangles of unit area, evenly spaced to 1 kHz and then logarithmically."""
+    """Whisper was trained on these: triangles of unit area, even to 1 kHz and then logarithmic."""
     filters = LogMel().filters
     assert filters.shape == (80, 201)
     assert (filters >= 0).all()
