@@ -85,10 +85,10 @@ def test_workers_end_when_the_api_is_killed(alone: RunningService) -> None:
     eventually(lambda: not any(map(is_alive, processes)), within_s=25)
 
 
-def test_sigterm_ends_everything_in_time(alone: RunningService, samples: dict[str, Sample]) -> None:
+def test_sigterm_ends_everything_in_time(alone: RunningService) -> None:
     """Container platforms give 30 seconds and then kill; status 0 says that nothing went wrong. What was
     in the middle of being embedded is simply done after the next start."""
-    long = alone.upload(samples["en-village-news"].content).json()["id"]
+    long = alone.upload(encode(speech(90.0), 16_000)).json()["id"]
     eventually(lambda: alone.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
     processes = alone.processes()
     began = time.monotonic()
@@ -110,7 +110,6 @@ def test_everything_is_as_it_was_after_a_restart(alone: RunningService, samples:
     damage: list[Callable[[], object]] = [
         lambda: None,
         lambda: [path.write_bytes(path.read_bytes()[:-100]) for path in index.glob("vectors-*")],
-        lambda: (index / "manifest.json").write_text('{"format": 1'),
     ]
     for spoil in damage:
         assert alone.stop() == 0
