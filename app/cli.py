@@ -82,7 +82,7 @@ def serve(
         )
     except OSError as error:
         _fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
-    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=20)
+    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=15)
     uvicorn.Server(server).run([listening])
 
 

@@ -25,7 +25,7 @@ from clasp_core.types import Seconds
 _log = structlog.get_logger()
 
 READY_LINE = b"ready\n"
-STOP_WITHIN_S: Seconds = 20.0
+STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
 
 

@@ -226,8 +226,10 @@ def train(config: TrainingConfig) -> Path:
     (config.output / "model.json").write_text(
         json.dumps({"format": "clasp-model/1", "architecture": "mini", "dim": 384}, indent=1) + "\n"
     )
-    record = {"config": asdict(config), "items": len(items), "history": history}
-    (config.output / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    # the places on this machine say nothing about the model
+    settings = {name: value for name, value in asdict(config).items() if not isinstance(value, Path)}
+    record = {"config": settings, "items": len(items), "history": history}
+    (config.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return config.output
 
 
