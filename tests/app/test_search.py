@@ -45,7 +45,7 @@ def test_what_was_said_in_other_languages_is_found_too(service: RunningService, 
         for line in others
     }
     missed = {name: found for name, found in first.items() if name != found}
-    assert len(missed) <= 2, missed
+    assert len(missed) <= len(others) / 2, missed
 
 
 def test_a_long_recording_is_found_at_the_right_minute(
@@ -65,16 +65,16 @@ def test_a_long_recording_is_found_at_the_right_minute(
 
 @pytest.mark.parametrize(
     "question",
-    [q for q in QUESTIONS if "expect_start_s" in q and q["lang"] == "en"],
-    ids=lambda q: q["q"][:30],
+    [q for q in QUESTIONS if "expect_start_s" in q],
+    ids=lambda q: f"{q['lang']} {q['gloss'][:30]}",
 )
 def test_a_question_about_the_long_recording_meets_its_topic(
     service: RunningService, searchable: str, question: dict[str, Any]
 ) -> None:
-    """As the demo shows it; the questions in other languages are the demo's own test."""
+    """As the demo shows it, which promises to find the right minute and not only the right recording."""
     hits = service.found(question["q"], lang=question["lang"], collection=searchable)
-    (hit,) = [hit for hit in hits if hit["id"] == question["expect"]]
-    best = hit["segments"][0]
+    assert hits[0]["id"] == question["expect"]
+    best = hits[0]["segments"][0]
     assert best["start_s"] < question["expect_end_s"]
     assert best["end_s"] > question["expect_start_s"]
 
