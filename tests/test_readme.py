@@ -40,18 +40,20 @@ def test_make_knows_the_target(command: str) -> None:
     subprocess.run([*command.split(), "-n"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_curl_commands_upload_and_find(service: RunningService) -> None:
+def test_the_curl_commands_upload_and_find(tmp_path: Path) -> None:
     """The first thing anybody pastes into a terminal."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     answers = []
-    for command in CURL:
-        here = command.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))
-        done = subprocess.run(["bash", "-c", here], cwd=ROOT, check=True, capture_output=True)
-        answers.append(json.loads(done.stdout))
+    with RunningService(tmp_path) as service:
+        service.start()
+        for command in CURL:
+            here = command.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))
+            done = subprocess.run(["bash", "-c", here], cwd=ROOT, check=True, capture_output=True)
+            answers.append(json.loads(done.stdout))
     uploaded, found = answers
     assert (uploaded["id"], uploaded["status"]) == ("bees", "ready")
-    assert "bees" in [hit["id"] for hit in found["hits"]]
+    assert [hit["id"] for hit in found["hits"]] == ["bees"]
     example = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
     assert found.keys() == example.keys()
     assert found["hits"][0].keys() == example["hits"][0].keys()
