@@ -263,7 +263,7 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
 
 
 def _collection(name: str | None) -> str | None:
-    return None if name is None else check_name("collection", name)
+    return check_name("collection", name) if name else None
 
 
 def _model(service: Service) -> ModelEcho:

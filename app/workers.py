@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from uuid import uuid4
 
+import numpy as np
 import orjson
 import structlog
 
@@ -25,6 +26,8 @@ from clasp_core.types import Seconds
 _log = structlog.get_logger()
 
 READY_LINE = b"ready\n"
+_WARM_UP_SAMPLES = 15 * 16_000
+"""The longest segment there is: memory and speed are then what they will stay."""
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
 
@@ -34,9 +37,11 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
     import signal
 
     model, library = open_configured_library(settings)
+    encoder = model.speech_encoder()
+    encoder.encode([np.zeros(_WARM_UP_SAMPLES, np.float32)])
     ingester = Ingester(
         library,
-        model.speech_encoder(),
+        encoder,
         max_duration_s=settings.max_duration_s,
         owner=owner,
         observe=_report if supervised else lambda timings: None,

@@ -293,8 +293,9 @@ class Catalog:
     def lease(self, owner: str, *, limit: int, lease_s: Seconds) -> list[Recording]:
         """Take up to `limit` recordings to process; `processing` and ours until the lease runs out.
 
-        A recording whose worker died is leased alone, so that one which kills its worker takes no
-        others with it; after MAX_ATTEMPTS such deaths it fails with `processing_failed`.
+        A recording whose worker died is leased alone, and after those that no worker died of: one that
+        kills its worker takes no others with it, and a worker that is killed again and again does not
+        spend all attempts of one recording; after MAX_ATTEMPTS such deaths it fails with `processing_failed`.
         """
         now = time.time()
         expired = (_recordings.c.status == "processing") & (_recordings.c.lease_until < now)
@@ -313,7 +314,9 @@ class Catalog:
                 )
             )
             query = sa.select(_recordings.c.key, _recordings.c.attempts).where(free)
-            candidates = db.execute(query.order_by(_recordings.c.key).limit(limit)).all()
+            candidates = db.execute(
+                query.order_by(_recordings.c.attempts, _recordings.c.key).limit(limit)
+            ).all()
             taken = _without_suspects(candidates)
             chosen = _recordings.c.key.in_(taken)
             db.execute(

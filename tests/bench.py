@@ -120,8 +120,7 @@ def service_costs(folder: Path) -> list[dict[str, Any]]:
 
 def _resident(service: RunningService) -> float:
     """MB of the API process, its workers and their decoders."""
-    assert service.process is not None
-    pids = [service.process.pid, *service.descendants()]
+    pids = service.processes()
     total = 0
     for pid in pids:
         try:
