@@ -9,6 +9,7 @@ import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BeforeValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
@@ -45,6 +46,12 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
         "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
     }
 }
+# A query parameter left empty, as an HTML form sends it (`&collection=`), is one not given.
+_EMPTY_IS_ABSENT = BeforeValidator(lambda given: None if given == "" else given)
+OptionalText = Annotated[str | None, _EMPTY_IS_ABSENT]
+OptionalStatus = Annotated[Status | None, _EMPTY_IS_ABSENT]
+OptionalScore = Annotated[float | None, Query(ge=-1, le=1), _EMPTY_IS_ABSENT]
+
 _FORM_FIELDS = {
     "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
     "lang": {"type": "string", "description": "BCP 47 tag of what is spoken."},
@@ -129,10 +136,10 @@ async def upload_recording(
 @api.get("/audio", summary="List recordings, newest first")
 def list_recordings(
     service: ServiceHere,
-    collection: str | None = None,
-    status: Status | None = None,
+    collection: OptionalText = None,
+    status: OptionalStatus = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
-    cursor: str | None = None,
+    cursor: OptionalText = None,
 ) -> RecordingPage:
     found, following = service.library.page(collection=collection, status=status, cursor=cursor, limit=limit)
     return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)
@@ -202,11 +209,11 @@ async def search(
     service: ServiceHere,
     q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
     lang: Annotated[
-        str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
+        OptionalText, Query(description="BCP 47 tag of the question: a hint, never a filter.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
-    collection: str | None = None,
-    min_score: Annotated[float | None, Query(ge=-1, le=1)] = None,
+    collection: OptionalText = None,
+    min_score: OptionalScore = None,
 ) -> SearchAnswer:
     return await _answer(
         service, SearchBody(q=q, lang=lang, limit=limit, collection=collection, min_score=min_score)
@@ -230,8 +237,8 @@ async def search_by_recording(
     request: Request,
     service: ServiceHere,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
-    collection: str | None = None,
-    min_score: Annotated[float | None, Query(ge=-1, le=1)] = None,
+    collection: OptionalText = None,
+    min_score: OptionalScore = None,
 ) -> SearchAnswer:
     started = time.perf_counter()
     async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
@@ -263,7 +270,7 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
 
 
 def _collection(name: str | None) -> str | None:
-    return check_name("collection", name) if name else None
+    return None if name is None else check_name("collection", name)
 
 
 def _model(service: Service) -> ModelEcho:

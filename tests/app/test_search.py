@@ -397,7 +397,6 @@ def test_a_question_of_another_form_is_refused(service: RunningService, body: An
         ({"q": "a", "min_score": "nan"}, "invalid_input"),
         ({"q": "a", "min_score": "2"}, "invalid_input"),
         ({"q": "a", "collection": "../x"}, "invalid_field"),
-        ({"q": "a", "collection": ""}, "invalid_field"),
     ],
 )
 def test_a_search_s_parameters_are_checked(
@@ -406,6 +405,18 @@ def test_a_search_s_parameters_are_checked(
     """The simple form has the same rules as the JSON one."""
     answer = service.client.get("/search", params=parameters)
     assert (answer.status_code, answer.json()["code"]) == (422, code)
+
+
+def test_a_parameter_left_empty_is_one_not_given(service: RunningService, searchable: str) -> None:
+    """What an HTML form sends for a field nobody filled in must not be an error, nor narrow anything."""
+    asked = {"q": "Where do the bees live?", "limit": "3"}
+    plain = service.client.get("/search", params=asked).json()["hits"]
+    empty = service.client.get("/search", params=asked | {"lang": "", "collection": "", "min_score": ""})
+    assert empty.json()["hits"] == plain != []
+    listed = service.client.get("/audio", params={"collection": "", "status": "", "cursor": "", "limit": "2"})
+    assert len(listed.json()["items"]) == 2
+    refused = service.client.post("/search", json={"q": "a", "collection": ""})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_field")
 
 
 def test_a_recording_too_long_to_be_a_question_is_refused(
