@@ -3,6 +3,7 @@
 One `Ingester` is one worker; any number may work on the same library, in any processes.
 """
 
+import io
 import logging
 import threading
 import time
@@ -21,8 +22,8 @@ from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
 from clasp_core.library import Library
 from clasp_core.models import SpeechEncoder
-from clasp_core.segmenting import SegmentConfig, split
-from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
+from clasp_core.segmenting import SegmentConfig, split, with_pictured
+from clasp_core.types import SAMPLING_RATE, Embeddings, Seconds, Segment, Waveform
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Ingester:
         mark = time.perf_counter()
         while batch := list(islice(segments, TOGETHER)):
             decode -= mark - (mark := time.perf_counter())
-            vectors = self._encoder.encode([segment.waveform for _, segment in batch])
+            vectors = _encode(self._encoder, [segment for _, segment in batch])
             for (job, segment), vector in zip(batch, vectors, strict=True):
                 job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
             embed -= mark - (mark := time.perf_counter())
@@ -138,14 +139,17 @@ class Ingester:
     def _segments(self, job: _Job) -> Iterator[tuple[_Job, Segment]]:
         """A job's segments; a recording that cannot be decoded ends early, with its reason kept."""
 
-        def counted() -> Iterator[Waveform]:
+        def blocks(sampling_rate: int) -> Iterator[Waveform]:
             with self._library.store.open(job.recording.sha256) as file:
-                for block in sandbox.decode(file, max_duration_s=self._max_duration_s):
-                    job.samples += len(block)
+                for block in sandbox.decode(
+                    file, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate
+                ):
+                    if sampling_rate == SAMPLING_RATE:
+                        job.samples += len(block)
                     yield block
 
         try:
-            for segment in split(counted(), self._segmenting):
+            for segment in _segments(self._encoder, blocks, self._segmenting):
                 yield job, segment
         except InvalidAudio as error:
             job.error = error
@@ -181,11 +185,16 @@ def embed_recording(
 
     Raises InvalidAudio where it cannot be decoded or nothing can be heard.
     """
-    blocks = sandbox.decode(recording, max_duration_s=max_duration_s)
+    content = recording if isinstance(recording, Path) else _content(recording)
+
+    def blocks(sampling_rate: int) -> Iterator[Waveform]:
+        file = content if isinstance(content, Path) else io.BytesIO(content)
+        return sandbox.decode(file, max_duration_s=max_duration_s, sampling_rate=sampling_rate)
+
     embedded: list[EmbeddedSegment] = []
-    segments = split(blocks, segmenting or SegmentConfig())
+    segments = _segments(encoder, blocks, segmenting or SegmentConfig())
     while batch := list(islice(segments, TOGETHER)):
-        vectors = encoder.encode([segment.waveform for segment in batch])
+        vectors = _encode(encoder, batch)
         embedded += [
             EmbeddedSegment(segment.start_s, segment.end_s, vector)
             for segment, vector in zip(batch, vectors, strict=True)
@@ -193,6 +202,30 @@ def embed_recording(
     if not embedded:
         raise SilentAudio("Nothing can be heard in this recording.")
     return embedded
+
+
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _segments(
+    encoder: SpeechEncoder, blocks: Callable[[int], Iterator[Waveform]], segmenting: SegmentConfig
+) -> Iterator[Segment]:
+    """A recording's segments as the encoder needs them, from its `blocks` at any sampling rate.
+
+    The paper takes the waveform at 16 kHz and the picture at 22,050 Hz, each resampled from the original
+    (reference: `librosa.load` and `librosa.resample` of the same file), hence a second decoding.
+    """
+    segments = split(blocks(SAMPLING_RATE), segmenting)
+    if encoder.picture_rate is None:
+        return segments
+    return with_pictured(segments, blocks(encoder.picture_rate), encoder.picture_rate)
+
+
+def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
+    pictured = [segment.pictured for segment in segments if segment.pictured is not None]
+    return encoder.encode([segment.waveform for segment in segments], pictured or None)
 
 
 def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:

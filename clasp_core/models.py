@@ -38,9 +38,14 @@ class TextEncoder(Protocol):
 
 class SpeechEncoder(Protocol):
     dim: int
+    picture_rate: int | None
+    """Hz of the second copy of each segment that the encoder's spectrogram is made of; None: needs none."""
 
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
-        """Segments of up to 30 s to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4)."""
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
+        """Segments of up to 30 s to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4).
+
+        `pictured` holds the same segments at `picture_rate`; ValueError where they are needed and missing.
+        """
         ...
 
 

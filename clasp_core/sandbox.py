@@ -44,15 +44,15 @@ from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
 DEFAULT_MEMORY_BYTES = 1 << 30
 
 _FRAME = struct.Struct(">cI")
-_REQUEST = struct.Struct("=cqdqq")  # b"F" for fork or b"K" for kill, the child to kill, limits
+_REQUEST = struct.Struct("=cqdqqq")  # b"F" for fork or b"K" for kill, the child to kill, limits
 _ANSWER = struct.Struct("=q")  # to a fork: the child's process id, or 0
 _LARGEST_NOTE = 64 * 1024
-_LARGEST_AUDIO = audio.BLOCK_SAMPLES * 4
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 class _Limits(NamedTuple):
     max_duration_s: Seconds
+    sampling_rate: int
     memory_bytes: int
     cpu_s: int
 
@@ -61,6 +61,7 @@ def decode(
     file: AudioFile,
     *,
     max_duration_s: Seconds,
+    sampling_rate: int = SAMPLING_RATE,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     deadline_s: Seconds | None = None,
 ) -> AudioStream:
@@ -75,14 +76,12 @@ def decode(
     its own stream. The file's position moves; files without a descriptor are copied to a temporary file.
     """
     deadline_s = 60 + max_duration_s / 2 if deadline_s is None else deadline_s
-    return AudioStream(_decode(file, max_duration_s, memory_bytes, deadline_s))
-
-
-def _decode(
-    file: AudioFile, max_duration_s: Seconds, memory_bytes: int, deadline_s: Seconds
-) -> Generator[Waveform, None, AudioInfo]:
     # Decoding runs at hundreds of times real time; twenty leaves room for slow machines.
-    limits = _Limits(max_duration_s, memory_bytes, cpu_s=10 + int(max_duration_s / 20))
+    limits = _Limits(max_duration_s, sampling_rate, memory_bytes, cpu_s=10 + int(max_duration_s / 20))
+    return AudioStream(_decode(file, limits, deadline_s))
+
+
+def _decode(file: AudioFile, limits: _Limits, deadline_s: Seconds) -> Generator[Waveform, None, AudioInfo]:
     reader, writer = os.pipe()
     child = None
     try:
@@ -91,7 +90,7 @@ def _decode(
                 zygote, child = _fork(opened.fileno(), writer, limits)
         finally:
             os.close(writer)
-        return (yield from _received(_Pipe(reader, deadline_s), max_duration_s))
+        return (yield from _received(_Pipe(reader, deadline_s), limits))
     finally:
         os.close(reader)
         if child is not None:
@@ -99,16 +98,16 @@ def _decode(
                 zygote.kill(child)
 
 
-def _received(pipe: "_Pipe", max_duration_s: Seconds) -> Generator[Waveform, None, AudioInfo]:
+def _received(pipe: "_Pipe", limits: _Limits) -> Generator[Waveform, None, AudioInfo]:
     """The child's answer, checked: a decoder that was taken over could write anything."""
-    total = 0
+    total, rate, most = 0, limits.sampling_rate, limits.max_duration_s
     while True:
         kind, length = _FRAME.unpack(pipe.read(_FRAME.size))
-        if kind == b"A" and 0 < length <= _LARGEST_AUDIO and length % 4 == 0:
+        if kind == b"A" and 0 < length <= 4 * audio.BLOCK_S * rate and length % 4 == 0:
             samples = np.frombuffer(pipe.read(length), np.float32)
             total += len(samples)
-            if total > max_duration_s * SAMPLING_RATE + 1:
-                raise AudioTooLong(f"The recording is longer than the limit of {max_duration_s:g} s.")
+            if total > most * rate + 1:
+                raise AudioTooLong(f"The recording is longer than the limit of {most:g} s.")
             if not np.isfinite(samples).all():
                 raise NonFiniteAudio("The samples contain NaN or infinity.")
             yield samples
@@ -118,7 +117,7 @@ def _received(pipe: "_Pipe", max_duration_s: Seconds) -> Generator[Waveform, Non
                 if kind == b"E":
                     raise _REFUSALS[note["code"]](str(note["detail"]))
                 return AudioInfo(
-                    duration_s=total / SAMPLING_RATE,
+                    duration_s=total / rate,
                     sampling_rate=int(note["sampling_rate"]),
                     channels=int(note["channels"]),
                     codec=str(note["codec"]),
@@ -235,7 +234,7 @@ class _Zygote:
     def kill(self, child: int) -> None:
         """End a child that may have ended already; the zygote knows, so no stranger's id is ever hit."""
         with contextlib.suppress(OSError):
-            self._socket.sendall(_REQUEST.pack(b"K", child, 0, 0, 0))
+            self._socket.sendall(_REQUEST.pack(b"K", child, 0, 0, 0, 0))
 
     def abandon(self) -> None:
         """Let go of a zygote that belongs to the process this one was forked from."""
@@ -332,7 +331,7 @@ def _be_child(source: int, sink: int, limits: _Limits) -> NoReturn:
     try:
         source, sink = _confine(source, sink, limits)
         with open(source, "rb") as file:  # noqa: PTH123 - a descriptor
-            _answer(file, sink, limits.max_duration_s)
+            _answer(file, sink, limits)
     finally:
         os._exit(0)
 
@@ -360,14 +359,14 @@ def _confine(source: int, sink: int, limits: _Limits) -> tuple[int, int]:
     return source, sink
 
 
-def _answer(file: BinaryIO, sink: int, max_duration_s: Seconds) -> None:
+def _answer(file: BinaryIO, sink: int, limits: _Limits) -> None:
     def send(kind: bytes, payload: bytes) -> None:
         rest = memoryview(_FRAME.pack(kind, len(payload)) + payload)
         while rest:
             rest = rest[os.write(sink, rest) :]
 
     try:
-        stream = audio.decode(file, max_duration_s=max_duration_s)
+        stream = audio.decode(file, max_duration_s=limits.max_duration_s, sampling_rate=limits.sampling_rate)
         for block in stream:
             send(b"A", block.tobytes())
         send(b"Z", json.dumps(asdict(stream.info)).encode())

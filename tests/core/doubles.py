@@ -25,11 +25,12 @@ class SpectralSpeechEncoder:
     """A fixed random projection of how loud each of 32 bands of frequency is."""
 
     dim = DIM
+    picture_rate: int | None = None
 
     def __init__(self) -> None:
         self._projection = np.random.default_rng(1).normal(size=(32, DIM))
 
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         return np.stack([self._vector(waveform) for waveform in waveforms])
 
     def _vector(self, waveform: Waveform) -> NDArray[np.float32]:
