@@ -3,9 +3,10 @@
 Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong usage.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -31,6 +32,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON.")]
 Lang = Annotated[str | None, typer.Option(help="BCP 47 language tag.")]
 Collection = Annotated[str, typer.Option(help="Name of the collection.")]
 
+_FETCHABLE = (
+    "hubert-large, wav2vec2-base, labse, xlm-r, efficientnet-b7, clasp-concat, clasp-gating, lasp-concat,"
+    " lasp-gating; or paper, for all that the paper's model needs."
+)
 _SERVE_HELP = f"""Serve the HTTP API, with one ingest worker.
 
 Settings, from the environment or a .env file:
@@ -319,6 +324,79 @@ def list_models(as_json: AsJson = False) -> None:
         Console().print(table)
 
 
+@models_cli.command(help="Fetch published weights into CLASP_MODELS_DIR; an interrupted fetch goes on.")
+def fetch(
+    names: Annotated[list[str], typer.Argument(help=_FETCHABLE)],
+    revision: Annotated[
+        list[str] | None, typer.Option(metavar="PART=REV", help="Another commit or branch of a part.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.hub import GROUPS, PUBLISHED
+    from clasp_core.hub import fetch as fetch_parts
+
+    if unknown := [name for name in names if name not in PUBLISHED and name not in GROUPS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join([*PUBLISHED, *GROUPS])}")
+    revisions = {}
+    for text in revision or []:
+        part, equals, commit = text.partition("=")
+        if not (part and equals and commit):
+            raise typer.BadParameter(f"--revision is PART=REV, not {text!r}")
+        revisions[part] = commit
+    settings = Settings()
+    if settings.models_dir is None:
+        _fail("set CLASP_MODELS_DIR to the folder where weights shall be kept")
+    with _transfers(hidden=as_json) as progress:
+        files = fetch_parts(
+            names,
+            settings.models_dir,
+            revisions=revisions,
+            endpoint=settings.hub_endpoint,
+            progress=progress,
+        )
+    described = [
+        {
+            "part": file.part,
+            "path": str(file.path),
+            "sha256": file.sha256,
+            "bytes": file.size,
+            "commit": file.commit,
+            "state": file.how,
+        }
+        for file in files
+    ]
+    if as_json:
+        _print_json({"files": described})
+        return
+    table = Table("part", "file", "MB", "state", box=None)
+    for file in files:
+        name = str(file.path.relative_to(settings.models_dir))
+        table.add_row(file.part, name, f"{file.size / 1e6:.1f}", file.how)
+    Console().print(table)
+
+
+@models_cli.command("convert", help="Turn a torch checkpoint into safetensors without running what it holds.")
+def convert_checkpoint(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="By default FILE with the suffix .safetensors.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.checkpoints import convert
+
+    made = convert(file, out)
+    if as_json:
+        _print_json(
+            {
+                "path": str(made.path),
+                "class": made.holds,
+                "tensors": made.tensors,
+                "source_sha256": made.source_sha256,
+            }
+        )
+    else:
+        sys.stdout.write(f"{made.path}: {made.holds}, {made.tensors} tensors\n")
+
+
 # --- inside
 
 
@@ -340,6 +418,30 @@ def _progress_bar(label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - rich's 
         return track(items, label, total=total, console=console, disable=hidden or not console.is_terminal)
 
     return wrap
+
+
+@contextlib.contextmanager
+def _transfers(*, hidden: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each file on its way; yields what to call with its name, the bytes there, and all of them."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        disable=hidden or not console.is_terminal,
+    ) as bars:
+
+        def advance(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield advance
 
 
 def _print_json(value: Any) -> None:  # noqa: ANN401

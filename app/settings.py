@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -11,13 +11,22 @@ class Settings(BaseSettings):
     """Names in the environment carry the prefix `CLASP_`, e.g. `CLASP_DATA_DIR`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CLASP_", env_file=".env", extra="ignore", frozen=True, use_attribute_docstrings=True
+        env_prefix="CLASP_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_name=True,
     )
 
     model: str = "mini"
     """`mini`, the embedded default, or a model folder."""
     models_dir: Path | None = None
     """Folder looked at first for pretrained weights."""
+    hub_endpoint: Annotated[
+        str, Field(validation_alias=AliasChoices("CLASP_HUB_ENDPOINT", "HF_ENDPOINT"))
+    ] = "https://huggingface.co"
+    """Where `clasp models fetch` finds the Hugging Face hub, or a mirror; else HF_ENDPOINT says."""
     data_dir: Path = Path("index_data")
     """Everything the service stores."""
     database_url: str | None = None

@@ -15,7 +15,9 @@
     ├── RecordingNotFound
     ├── IdConflict
     ├── ModelUnavailable
-    │   └── WeightsMismatch
+    │   ├── WeightsMismatch
+    │   └── InvalidCheckpoint
+    │       └── UnsafeCheckpoint
     ├── DataMismatch
     ├── ProcessingFailed
     └── NotReady
@@ -125,6 +127,18 @@ class WeightsMismatch(ModelUnavailable):
     """A weights file exists but its sha256 is not the pinned one."""
 
     code = "weights_mismatch"
+
+
+class InvalidCheckpoint(ModelUnavailable):
+    """A torch checkpoint that is damaged, of a kind that is not converted, or holds NaN."""
+
+    code = "invalid_checkpoint"
+
+
+class UnsafeCheckpoint(InvalidCheckpoint):
+    """A torch checkpoint that imports something else than tensors and known layers: it could run it."""
+
+    code = "unsafe_checkpoint"
 
 
 class DataMismatch(ClaspError):

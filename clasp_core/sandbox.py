@@ -14,11 +14,9 @@ What comes through the pipe is believed no more than the file was.
 
 import atexit
 import contextlib
-import ctypes
 import io
 import json
 import os
-import resource
 import select
 import shutil
 import signal
@@ -36,7 +34,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-from clasp_core import audio
+from clasp_core import audio, confinement
 from clasp_core.audio import AudioFile, AudioInfo, AudioStream
 from clasp_core.errors import AudioTooLong, InvalidAudio, NonFiniteAudio, NotReady, UndecodableAudio
 from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
@@ -47,7 +45,6 @@ _FRAME = struct.Struct(">cI")
 _REQUEST = struct.Struct("=cqdqqq")  # b"F" for fork or b"K" for kill, the child to kill, limits
 _ANSWER = struct.Struct("=q")  # to a fork: the child's process id, or 0
 _LARGEST_NOTE = 64 * 1024
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 class _Limits(NamedTuple):
@@ -199,19 +196,12 @@ class _Zygote:
 
     def __init__(self, program: Sequence[str] = ("-m", __name__)) -> None:
         self._socket, theirs = socket.socketpair()
-        # Only what the imports need: no decoder should be able to read the service's secrets.
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", *program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=environment,
+                env=confinement.bare_environment(),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent, whose end ends the zygote
             )
@@ -338,7 +328,7 @@ def _be_child(source: int, sink: int, limits: _Limits) -> NoReturn:
 
 def _confine(source: int, sink: int, limits: _Limits) -> tuple[int, int]:
     """Give up what decoding does not need. Returns the descriptors under their new numbers."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    confinement.die_with_parent()
     os.nice(5)
     os.dup2(0, 2)  # decoders complain to stderr, in words the uploader chose
     # Move both out of the way of the target numbers first; then nothing else stays open.
@@ -346,16 +336,11 @@ def _confine(source: int, sink: int, limits: _Limits) -> tuple[int, int]:
     source, sink = os.dup2(source, 3), os.dup2(sink, 4)
     os.closerange(5, 4096)
 
-    memory = limits.memory_bytes + _mapped_bytes()
-    for what, limit in (
-        (resource.RLIMIT_NOFILE, 5),  # no sixth descriptor: neither files nor sockets can be opened
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, limits.cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
+    confinement.limit(
+        descriptors=5,  # no sixth descriptor: neither files nor sockets can be opened
+        memory_bytes=limits.memory_bytes,
+        cpu_s=limits.cpu_s,
+    )
     return source, sink
 
 
@@ -374,40 +359,6 @@ def _answer(file: BinaryIO, sink: int, limits: _Limits) -> None:
         send(b"E", json.dumps({"code": refusal.code, "detail": refusal.detail}).encode())
 
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
-_NOBODY = 65_534
-
-
-def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _drop_rights() -> None:
-    """Enter an empty network and become nobody, as far as the kernel and our rights allow."""
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _unshare(_CLONE_NEWNET)  # granted to root only, who must ask before stepping down
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # root's processes are exempt from RLIMIT_NPROC
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-
-
-def _unshare(what: int) -> None:
-    with contextlib.suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).unshare(what)
-
-
-def _mapped_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:  # not Linux
-        return 1 << 30
-
-
 def _warm_up() -> None:
     """Decode a scrap by each decoder, so that children find every module imported that they may not open."""
     scrap = struct.pack(
@@ -420,7 +371,7 @@ def _warm_up() -> None:
 
 def _main() -> None:
     _warm_up()
-    _drop_rights()
+    confinement.drop_rights()
     with socket.socket(fileno=int(sys.argv[1])) as parent:
         _serve(parent)
 

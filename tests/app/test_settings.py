@@ -11,6 +11,7 @@ from tests.service import clasp
 ODD = {
     "model": "/models/my model",
     "models_dir": Path("/weights, old"),
+    "hub_endpoint": "http://mirror:8080/hf",
     "data_dir": Path("data dir/ü"),
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
     "device": "cpu",
