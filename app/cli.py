@@ -283,7 +283,9 @@ def train(config: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) 
     sys.stdout.write(f"{run(read_config(config))}\n")
 
 
-@models_cli.command("list", help="Every model, its parts, and whether they are on this machine.")
+@models_cli.command(
+    "list", help="Every model, where its parts come from, and whether they are on this machine."
+)
 def list_models(as_json: AsJson = False) -> None:
     from clasp_core.models import AVAILABLE, open_model
 
@@ -292,18 +294,21 @@ def list_models(as_json: AsJson = False) -> None:
     for name in AVAILABLE:
         model = open_model(name, models_dir=settings.models_dir)
         parts = model.parts()
+        available = all(part.path is not None for part in parts)
         described.append(
             {
                 "name": name,
-                "fingerprint": model.fingerprint,
+                "about": model.about,
+                "fingerprint": model.fingerprint if available else None,
                 "dim": model.dim,
-                "available": all(part.path is not None for part in parts),
+                "available": available,
                 "parts": [
                     {
                         "role": part.role,
                         "title": part.title,
                         "licence": part.licence,
-                        "bytes": part.path.stat().st_size if part.path else None,
+                        "source": part.source,
+                        "bytes": part.size_bytes,
                         "path": str(part.path) if part.path else None,
                     }
                     for part in parts
@@ -313,15 +318,52 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"models": described})
         return
+    console = Console()
     for entry in described:
         state = "ready to use" if entry["available"] else "parts are missing"
+        title = f"{entry['name']}: {state} ({entry['about']})"
         table = Table(
-            "part", "what", "licence", "MB", box=None, title=f"{entry['name']}: {state}", title_justify="left"
+            "part", "what", "licence", "MB", "here", "from", box=None, title=title, title_justify="left"
         )
         for part in entry["parts"]:
-            size = f"{part['bytes'] / 1e6:.0f}" if part["bytes"] else "missing"
-            table.add_row(part["role"], part["title"], part["licence"], size)
-        Console().print(table)
+            size = "?" if part["bytes"] is None else f"{part['bytes'] / 1e6:.0f}"
+            here = "yes" if part["path"] else "no"
+            table.add_row(part["role"], part["title"], part["licence"], size, here, part["source"])
+        console.print(table)
+
+
+@models_cli.command(help="Check a model's fusion: names, shapes, values; with recordings, its inputs too.")
+def verify(
+    model: Annotated[str, typer.Argument(help="A system's name, a model folder, or a .safetensors file.")],
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A short recording of speech; give several."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.verification import verify as verify_model
+
+    settings = Settings()
+    found = verify_model(model, audio or [], models_dir=settings.models_dir, device=settings.device)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        sys.stdout.write(
+            f"{found.model}: {found.layout}, {found.entries} entries, {found.parameters} parameters,"
+            f" all finite, trained over {found.batches} batches\n"
+        )
+        for branch, conventions in found.fits.items():
+            for inputs, fit in conventions.items():
+                sys.stdout.write(
+                    f"  {branch} inputs {inputs}: offset {fit.offset:.3f}, spread {fit.spread:.3f}\n"
+                )
+    if not found.batches:
+        _fail("this fusion was never trained: its batch statistics are the initial ones")
+    if found.inputs not in (None, found.configured):
+        _fail(
+            f"its statistics say the inputs were {found.inputs!r}, but {found.configured!r} is configured:"
+            f' set "inputs": "{found.inputs}" in the system of a model folder\'s model.json'
+        )
 
 
 @models_cli.command(help="Fetch published weights into CLASP_MODELS_DIR; an interrupted fetch goes on.")

@@ -32,6 +32,7 @@ import httpx
 from clasp_core.checkpoints import convert, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
+from clasp_core.systems import SYSTEMS
 
 HUB = "https://huggingface.co"
 RECORD = "fetched.json"
@@ -57,32 +58,67 @@ class PublishedFile:
     size: int | None = None
 
 
+def readable(weights: Path) -> Path:
+    """Where a weights file is read from: a pickle's safetensors are beside it, under the hub's usual name."""
+    if weights.name == "pytorch_model.bin":
+        return weights.with_name("model.safetensors")
+    return weights.with_suffix(".safetensors")
+
+
 @dataclass(frozen=True, slots=True)
-class Repository:
-    """Files of one commit of a repository on the Hugging Face hub."""
+class _Published:
+    """What can be said of a part without asking the network."""
 
     title: str
     licence: str
     folder: str
-    """`owner/repository`."""
+    """`owner/repository`, and the part's place below the models folder."""
     revision: str
     """A commit; or a branch, where none was seen. Then the commit that answers first is the one."""
     files: tuple[PublishedFile, ...]
+
+    def location(self, models_dir: Path) -> Path:
+        """Where encoders read it: a part of one file is that file, in safetensors; else its folder."""
+        folder = models_dir / self.folder
+        return readable(folder / self.files[0].name) if len(self.files) == 1 else folder
+
+    def found(self, models_dir: Path) -> Path | None:
+        """That place, if the part's weights are there, in safetensors."""
+        weights = [
+            readable(models_dir / self.folder / file.name)
+            for file in self.files
+            if file.name.endswith((".safetensors", *_PICKLES))
+        ]
+        return self.location(models_dir) if all(path.is_file() for path in weights) else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """All files together, where every size is known."""
+        sizes = [file.size for file in self.files]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Repository(_Published):
+    """Files of one commit of a repository on the Hugging Face hub."""
+
+    @property
+    def source(self) -> str:
+        return f"{HUB}/{self.folder}@{self.revision}"
 
     def url(self, file: PublishedFile, revision: str, endpoint: str) -> str:
         return f"{endpoint}/{self.folder}/resolve/{quote(revision, safe='')}/{quote(file.name)}"
 
 
 @dataclass(frozen=True, slots=True)
-class WebFile:
-    """A file that has an address and no versions."""
+class WebFile(_Published):
+    """A file that has an address and no versions: its revision is the empty text."""
 
-    title: str
-    licence: str
     address: str
-    folder: str
-    files: tuple[PublishedFile, ...]
-    revision: str = ""
+
+    @property
+    def source(self) -> str:
+        return self.address
 
     def url(self, file: PublishedFile, revision: str, endpoint: str) -> str:
         return self.address
@@ -199,10 +235,11 @@ PUBLISHED: dict[str, Repository | WebFile] = {
     "efficientnet-b7": WebFile(
         "EfficientNet-B7, ImageNet-1k, of torchvision",
         "Apache-2.0",
-        "https://download.pytorch.org/models/efficientnet_b7_lukemelas-c5b4e57e.pth",
         "torchvision",
+        "",
         # PyTorch's server publishes the hash as the last eight digits of the name.
         (PublishedFile("efficientnet_b7_lukemelas-c5b4e57e.pth", "c5b4e57e"),),
+        "https://download.pytorch.org/models/efficientnet_b7_lukemelas-c5b4e57e.pth",
     ),
     "clasp-concat": _clasp("CLASP fusion, concatenation", "CLASP_Concat_Final_Fusion_Encoder.pt"),
     "clasp-gating": _clasp("CLASP fusion, gating", "CLASP_Gating.pt"),
@@ -210,8 +247,11 @@ PUBLISHED: dict[str, Repository | WebFile] = {
     "lasp-gating": _clasp("LASP fusion, gating", "LASP_Gating.pt"),
 }
 
-GROUPS: dict[str, tuple[str, ...]] = {"paper": ("hubert-large", "efficientnet-b7", "labse", "clasp-concat")}
-"""Parts that are of use together."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    name: (*system.pretrained.values(), *([system.weights] if system.weights else []))
+    for name, system in SYSTEMS.items()
+}
+"""Parts that are of use together: what is published of each system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +402,7 @@ class _Fetching:
             if not file.name.endswith(_PICKLES):
                 yield self._file(name, part, file, relative, revision, pinned)
                 continue
-            converted = str(Path(relative).with_suffix(".safetensors"))
+            converted = str(readable(Path(relative)))
             made = self._as_recorded(name, converted)
             # Once it is converted, the pickle itself is of no more use and may be removed.
             if made is None or (self._models_dir / relative).exists() or not self._records.of(relative):

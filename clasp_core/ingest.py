@@ -149,7 +149,7 @@ class Ingester:
                     yield block
 
         try:
-            for segment in _segments(self._encoder, blocks, self._segmenting):
+            for segment in _segments(self._encoder.picture_rate, blocks, self._segmenting):
                 yield job, segment
         except InvalidAudio as error:
             job.error = error
@@ -185,14 +185,10 @@ def embed_recording(
 
     Raises InvalidAudio where it cannot be decoded or nothing can be heard.
     """
-    content = recording if isinstance(recording, Path) else _content(recording)
-
-    def blocks(sampling_rate: int) -> Iterator[Waveform]:
-        file = content if isinstance(content, Path) else io.BytesIO(content)
-        return sandbox.decode(file, max_duration_s=max_duration_s, sampling_rate=sampling_rate)
-
+    segments = recording_segments(
+        encoder.picture_rate, recording, max_duration_s=max_duration_s, segmenting=segmenting
+    )
     embedded: list[EmbeddedSegment] = []
-    segments = _segments(encoder, blocks, segmenting or SegmentConfig())
     while batch := list(islice(segments, TOGETHER)):
         vectors = _encode(encoder, batch)
         embedded += [
@@ -204,23 +200,43 @@ def embed_recording(
     return embedded
 
 
+def recording_segments(
+    picture_rate: int | None,
+    recording: Path | BinaryIO,
+    *,
+    max_duration_s: Seconds,
+    segmenting: SegmentConfig | None = None,
+) -> Iterator[Segment]:
+    """The segments of one recording that belongs to no library, for an encoder of that `picture_rate`.
+
+    Raises InvalidAudio where it cannot be decoded; then or after some segments.
+    """
+    content = recording if isinstance(recording, Path) else _content(recording)
+
+    def blocks(sampling_rate: int) -> Iterator[Waveform]:
+        file = content if isinstance(content, Path) else io.BytesIO(content)
+        return sandbox.decode(file, max_duration_s=max_duration_s, sampling_rate=sampling_rate)
+
+    return _segments(picture_rate, blocks, segmenting or SegmentConfig())
+
+
 def _content(file: BinaryIO) -> bytes:
     file.seek(0)
     return file.read()
 
 
 def _segments(
-    encoder: SpeechEncoder, blocks: Callable[[int], Iterator[Waveform]], segmenting: SegmentConfig
+    picture_rate: int | None, blocks: Callable[[int], Iterator[Waveform]], segmenting: SegmentConfig
 ) -> Iterator[Segment]:
-    """A recording's segments as the encoder needs them, from its `blocks` at any sampling rate.
+    """A recording's segments as an encoder needs them, from its `blocks` at any sampling rate.
 
     The paper takes the waveform at 16 kHz and the picture at 22,050 Hz, each resampled from the original
     (reference: `librosa.load` and `librosa.resample` of the same file), hence a second decoding.
     """
     segments = split(blocks(SAMPLING_RATE), segmenting)
-    if encoder.picture_rate is None:
+    if picture_rate is None:
         return segments
-    return with_pictured(segments, blocks(encoder.picture_rate), encoder.picture_rate)
+    return with_pictured(segments, blocks(picture_rate), picture_rate)
 
 
 def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
