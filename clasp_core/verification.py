@@ -82,6 +82,9 @@ def verify(
         inputs: sum(conventions[inputs].distance for conventions in found.values())
         for inputs in (next(iter(found.values())) if found else ())
     }
+    fitting: Inputs | None = None
+    if totals:
+        fitting = min(totals, key=lambda inputs: totals[inputs])
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm1d)]
     return Verification(
         model=model.name,
@@ -90,7 +93,7 @@ def verify(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         batches=min((int(norm.num_batches_tracked or 0) for norm in norms), default=0),
         configured=model.system.inputs,
-        inputs=min(totals, key=totals.__getitem__) if totals else None,
+        inputs=fitting,
         fits=found,
     )
 
@@ -122,13 +125,13 @@ def _system_of(path: Path) -> str:
 
 
 def clip_branches(backbone: PaperBackbone, clips: Sequence[Path]) -> Branches:
-    """The encoders' vectors of all segments of some recordings. Raises InvalidAudio where they are too few."""
+    """The encoders' vectors of all segments of some recordings. Raises InvalidAudio for too few."""
     segments: list[Segment] = []
     for clip in clips:
         segments += recording_segments(backbone.picture_rate, clip, max_duration_s=MAX_CLIP_S)
     if len(segments) < ENOUGH_SEGMENTS:
-        raise ValueError(
-            f"{len(segments)} segments say too little; give at least {ENOUGH_SEGMENTS} short clips"
+        raise InvalidAudio(
+            f"{len(segments)} segments say too little; give at least {ENOUGH_SEGMENTS} short clips."
         )
     rows = [
         backbone([segment.waveform], None if segment.pictured is None else [segment.pictured])
