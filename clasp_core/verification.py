@@ -82,9 +82,7 @@ def verify(
         inputs: sum(conventions[inputs].distance for conventions in found.values())
         for inputs in (next(iter(found.values())) if found else ())
     }
-    fitting: Inputs | None = None
-    if totals:
-        fitting = min(totals, key=lambda inputs: totals[inputs])
+    ranked = sorted(totals, key=lambda inputs: totals[inputs])
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm1d)]
     return Verification(
         model=model.name,
@@ -93,7 +91,7 @@ def verify(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         batches=min((int(norm.num_batches_tracked or 0) for norm in norms), default=0),
         configured=model.system.inputs,
-        inputs=fitting,
+        inputs=ranked[0] if ranked else None,
         fits=found,
     )
 
