@@ -1,0 +1,460 @@
+"""The spectrogram picture that the paper's second branch looks at, drawn without the plotting library.
+
+CLASP feeds its image network a screenshot of a plot: `librosa.display.specshow(db, x_axis="time", y_axis="log")`
+saved with a tight bounding box, frame and tick labels included (arXiv 2412.13071; clasp-inference.ipynb,
+cell 12). What the network learned, it learned from that picture, so every pixel of it counts. Owns the
+picture alone: decoding and resampling come before it, the network after it. docs/spectrogram.md tells how the
+drawing was found out and how close it comes.
+
+A plot of a mesh without antialiasing is a table look-up: each pixel shows one cell, and which one follows from
+the number of STFT frames. So are the labels and the frame. Only the decibels need arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+PICTURE_RATE = 22_050
+"""Hz of the waveforms drawn here: librosa's default, not the speech encoders' 16 kHz."""
+
+HEIGHT, WIDTH = 450, 610
+
+_FFT, _HOP = 2048, 512
+_BINS = _FFT // 2 + 1
+_MIN_POWER = 1e-10  # amplitude_to_db's amin of 1e-5, squared
+_TOP_DB = np.float32(80)
+
+# The figure, 640 x 480 pixels at 100 dots an inch, in pixels. tight_layout leaves 15 all round, which the tight
+# bounding box cuts off again; labels stand 7 points from the axes.
+_LABEL_GAP = 7 / 72 * 100
+_LINE_HEIGHT, _LINE_ASCENT = 14, 11  # of any text: that of "lp"
+_FIRST_GUESS_LEFT, _FIRST_GUESS_WIDTH = 80.0, 496.0  # the axes before tight_layout moves them
+_BOTTOM = _LINE_HEIGHT + _LABEL_GAP
+
+# Of the pixels' rows and columns: the black lines of the frame. The right one's column depends on the labels.
+_TOP_ROW, _BOTTOM_ROW, _LEFT_COLUMN = 0, 426, 45
+_MESH_ROWS = slice(_TOP_ROW + 1, _BOTTOM_ROW)
+_MESH_COLUMNS = slice(_LEFT_COLUMN + 1, WIDTH)
+
+# A line 0.8 points thick covers one pixel and 1/18 of each neighbour; where it ends, half a pixel, or 1/18 more.
+# Coverages across a line, of 255.
+_FAINT = 14
+_BESIDE, _TICK_END, _FRAME_END = (_FAINT, 255, _FAINT), (7, 128, 7), (1, _FAINT, 1)
+
+# The codes of pixels: a level of colour, as it is, under one line's faint edge, or under two; or a grey.
+_ONCE_FAINT, _TWICE_FAINT, _GREY, _CODES = 256, 512, 768, 1024
+
+_FRAMES_AT_ONCE = 2048
+"""Bound of the memory taken for Fourier transforms: 16 MB each for the frames and their spectra."""
+
+
+def render(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The picture of one waveform (n,) at 22,050 Hz: uint8 (450, 610, 3), blue first, on the CPU.
+
+    The reference crops to what it drew, which is 606 to 610 wide; here it is always 610, and the columns at
+    the right that the reference would have cropped show what lies there: white, or the end of a label.
+
+    Loudness matters: the colours span the samples' own range of decibels, but its sign picks the colour map.
+
+    Raises ValueError for a waveform that is empty, not one-dimensional, not finite, or beyond any sound's scale.
+    """
+    picture: NDArray[np.uint8] = _on_cpu()([waveform])[0].permute(1, 2, 0).contiguous().numpy()
+    return picture
+
+
+class SpectrogramPictures(nn.Module):
+    """Draws the same pictures in batches by torch, on whichever device the module is.
+
+    Waveforms, each (n,) float32 at 22,050 Hz, to uint8 (batch, 3, 450, 610), blue first: 0 to 255 as the
+    reference feeds them to its network. Each picture is independent of its batch. Memory beside the pictures
+    is bounded whatever the waveforms' lengths. Raises as `render`. Not differentiable.
+    """
+
+    _window: Tensor
+    _bins: Tensor
+    _bin_of_row: Tensor
+    _palettes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        bins, bin_of_row = np.unique(_bins_of_rows(), return_inverse=True)
+        for name, values in {
+            "_window": (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).astype(np.float32),
+            "_bins": bins,
+            "_bin_of_row": bin_of_row,
+            "_palettes": _palettes(),
+        }.items():
+            self.register_buffer(name, torch.from_numpy(values), persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> Tensor:
+        checked = [_checked(waveform) for waveform in waveforms]
+        pictures = torch.empty(
+            len(checked), 3, HEIGHT, WIDTH, dtype=torch.uint8, device=self._palettes.device
+        )
+        start = 0
+        while start < len(checked):
+            stop, frames = start, 0
+            while stop < len(checked) and (stop == start or frames + _frames(checked[stop]) <= _FRAMES_AT_ONCE):
+                frames += _frames(checked[stop])
+                stop += 1
+            self._draw(checked[start:stop], pictures[start:stop])
+            start = stop
+        return pictures
+
+    def _draw(self, waveforms: list[NDArray[np.float32]], pictures: Tensor) -> None:
+        device = pictures.device
+        axes = [_time_axis(_frames(waveform)) for waveform in waveforms]
+        cells, highest, lowest, map_of = self._measure(waveforms, axes)
+
+        # Colours span what there is, at most 80 dB of it. Without a span, in silence, everything is level 0.
+        bottom = np.maximum(lowest, highest - _TOP_DB)
+        span = highest.astype(np.float64) - bottom
+        frames_of = torch.tensor([len(axis.frames) for axis in axes])
+        frame_bottom = torch.from_numpy(bottom).repeat_interleave(frames_of).to(device)[:, None]
+        frame_span = torch.from_numpy(np.where(span > 0, span, 1)).repeat_interleave(frames_of).to(device)[:, None]
+        db = _decibels(cells)
+        # In the reference's precisions: the difference in float32, the division in float64.
+        share = ((db - frame_bottom).clamp_(min=0).double() / frame_span).float()
+        levels = (share * 256).clamp_(max=255).to(torch.uint8)
+
+        # Beyond the axes every pixel shows one more frame, of level 0, that changes no code.
+        levels = torch.cat((levels, levels.new_zeros(1, levels.shape[1])))
+        first = np.cumsum([0] + [len(axis.frames) for axis in axes])
+        shown = np.full((len(axes), WIDTH - _MESH_COLUMNS.start), first[-1])
+        for n, axis in enumerate(axes):
+            shown[n, : len(axis.frame_of_column)] = first[n] + axis.frame_of_column
+        shown_levels = levels[torch.from_numpy(shown).to(device)].index_select(2, self._bin_of_row)
+
+        codes = torch.from_numpy(np.stack([_ink(axis) for axis in axes])).to(device)
+        codes[:, _MESH_ROWS, _MESH_COLUMNS] += shown_levels.transpose(1, 2)
+        codes += torch.from_numpy(map_of * _CODES).to(device)[:, None, None]
+        flat = codes.reshape(-1)
+        for channel, palette in enumerate(self._palettes):
+            pictures[:, channel] = palette.index_select(0, flat).view(codes.shape)
+
+    def _measure(
+        self, waveforms: list[NDArray[np.float32]], axes: list["_TimeAxis"]
+    ) -> tuple[Tensor, NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+        """The power of the cells shown (frames, bins); of each waveform, highest and lowest dB and its colour map.
+
+        Blocks of frames run over all waveforms, laid end to end with librosa's zeros around each; the three frames
+        across each border belong to none.
+        """
+        device = self._window.device
+        lengths = np.array([_frames(waveform) for waveform in waveforms])
+        starts = np.concatenate(([0], np.cumsum(lengths + 3)))
+        sound = np.zeros(starts[-1] * _HOP, np.float32)
+        for start, waveform in zip(starts, waveforms, strict=False):
+            sound[start * _HOP + _FFT // 2 :][: len(waveform)] = waveform
+        frames = torch.from_numpy(sound).to(device).unfold(0, _FFT, _HOP)
+        shown = torch.from_numpy(np.concatenate([s + axis.frames for s, axis in zip(starts, axes, strict=False)]))
+        shown_blocks = torch.bucketize(torch.arange(0, len(frames) + _FRAMES_AT_ONCE, _FRAMES_AT_ONCE), shown)
+
+        cells: list[Tensor] = []
+        of_frames: list[Tensor] = []
+        for n, block in enumerate(frames.split(_FRAMES_AT_ONCE)):
+            power = self._power(block)
+            here = shown[shown_blocks[n] : shown_blocks[n + 1]] - n * _FRAMES_AT_ONCE
+            cells.append(power.index_select(0, here.to(device)).index_select(1, self._bins))
+            below = (power < 1).sum(1, dtype=torch.int32)
+            upto = (power <= 1).sum(1, dtype=torch.int32)
+            of_frames.append(torch.stack((power.amax(1), power.amin(1), below.float(), upto.float())))
+        facts = torch.cat(of_frames, dim=1).cpu()
+
+        of_waveforms = [facts[:, s : s + n] for s, n in zip(starts, lengths, strict=False)]
+        peak = torch.stack([of[0].amax() for of in of_waveforms])
+        if not torch.isfinite(peak).all():
+            raise ValueError("the waveform's power overflows; scale it to [-1, 1]")
+        highest = _decibels(peak).numpy()
+        lowest = _decibels(torch.stack([of[1].amin() for of in of_waveforms])).numpy()
+        map_of = np.empty(len(waveforms), np.int32)
+        for n, of in enumerate(of_waveforms):
+            own = frames[starts[n] : starts[n] + lengths[n]]
+            below, upto = (int(count.double().sum()) for count in of[2:])
+            straddles = highest[n] < _TOP_DB and (
+                self._percentile_sign(own, 2, below, strict=True)
+                < 0
+                < self._percentile_sign(own, 98, upto, strict=False)
+            )
+            map_of[n] = 0 if straddles else 1
+        return torch.cat(cells), highest, lowest, map_of
+
+    def _power(self, frames: Tensor) -> Tensor:
+        parts = torch.view_as_real(torch.fft.rfft(frames * self._window)).square()
+        return parts[..., 0] + parts[..., 1]
+
+    def _percentile_sign(self, frames: Tensor, percent: int, below: int, *, strict: bool) -> float:
+        """A number with the sign of a percentile of all decibels, of which `below` are negative (or 0, unless strict).
+
+        Counting nearly always tells; else the two values the percentile lies between have to be found.
+        """
+        place = percent / 100 * (len(frames) * _BINS - 1)
+        under = math.floor(place)
+        if below <= under:
+            return 1
+        if below >= under + 2:
+            return -1
+        lower, upper = 0.0, math.inf
+        for block in frames.split(_FRAMES_AT_ONCE):
+            power = self._power(block)
+            is_below = power < 1 if strict else power <= 1
+            lower = max(lower, float(power.where(is_below, 0).amax()))
+            upper = min(upper, float(power.where(~is_below, math.inf).amin()))
+        low_db, high_db = (float(10 * math.log10(max(_MIN_POWER, power))) for power in (lower, upper))
+        return low_db + (high_db - low_db) * (place - under)
+
+
+@cache
+def _on_cpu() -> SpectrogramPictures:
+    return SpectrogramPictures()
+
+
+def _checked(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    samples = np.asarray(waveform, np.float32)
+    if samples.ndim != 1 or not samples.size:
+        raise ValueError(f"a waveform has the shape (n,) with n > 0, not {samples.shape}")
+    if not np.isfinite(samples).all():
+        raise ValueError("the waveform holds NaN or infinity")
+    return samples
+
+
+def _frames(waveform: NDArray[np.float32]) -> int:
+    return 1 + len(waveform) // _HOP
+
+
+def _decibels(power: Tensor) -> Tensor:
+    return power.clamp(min=_MIN_POWER).log10_().mul_(10)
+
+
+# --- Where things are ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TimeAxis:
+    """What the number of frames decides.
+
+    frames: those shown anywhere, ascending. frame_of_column: for each column of the mesh, the place in `frames`.
+    right_column: of the frame's right line. labels: text, its pen's x; ticks: columns.
+    """
+
+    frames: NDArray[np.int64]
+    frame_of_column: NDArray[np.int64]
+    right_column: int
+    ticks: tuple[int, ...]
+    labels: tuple[tuple[str, float], ...]
+
+
+@lru_cache(maxsize=256)
+def _time_axis(n_frames: int) -> _TimeAxis:
+    # A cell reaches half a hop to both sides of its frame's time; a single frame's cell has no width, and
+    # matplotlib widens its axis.
+    times = np.arange(n_frames) * _HOP / PICTURE_RATE
+    if n_frames == 1:
+        edges = np.zeros(2)
+        low, high = -0.055, 0.055
+    else:
+        half = np.diff(times) * 0.5
+        edges = np.concatenate((times[:1] - half[:1], times[:-1] + half, times[-1:] + half[-1:]))
+        low, high = float(edges[0]), float(edges[-1])
+    ticks = _time_ticks(low, high)
+    texts = [_time_text(tick, high - low) for tick in ticks]
+    scale = 1 / (high - low)
+
+    # tight_layout makes room at the right for as much of the labels as would hang over in the first guess.
+    guess = [_FIRST_GUESS_WIDTH * (tick - low) * scale + _FIRST_GUESS_LEFT for tick in ticks]
+    ends = [x + _text_width(text) / 2 for x, text in zip(guess, texts, strict=True)]
+    right = WIDTH - max(0.0, *(end - _FIRST_GUESS_LEFT - _FIRST_GUESS_WIDTH for end in ends))
+    left = _left()
+    # In matplotlib's order of operations: some edges fall on the middle of a pixel exactly.
+    width = right - left
+    slope, offset = width * scale, width * (-low * scale) + left
+    positions = [slope * tick + offset for tick in ticks]
+
+    right_column = math.floor(right + 0.5)
+    columns = np.arange(_MESH_COLUMNS.start, right_column if n_frames > 1 else _MESH_COLUMNS.start)
+    snapped = np.floor(slope * edges + offset + 0.5)
+    shown = np.searchsorted(snapped, columns, side="right") - 1
+    frames, frame_of_column = np.unique(shown, return_inverse=True)
+    return _TimeAxis(
+        frames,
+        frame_of_column,
+        right_column,
+        tuple(math.floor(x + 0.5) for x in positions),
+        tuple((text, x - _text_width(text) / 2) for text, x in zip(texts, positions, strict=True)),
+    )
+
+
+def _time_ticks(low: float, high: float) -> list[float]:
+    """matplotlib's MaxNLocator(steps=[1, 1.5, 5, 6, 10]) of at most ten intervals: the ticks within the limits."""
+    stairs = np.array([1, 1.5, 5, 6, 10])
+    steps = np.concatenate((0.1 * stairs[:-1], stairs, [10 * stairs[1]])) * 10 ** (
+        math.log10((high - low) / 10) // 1
+    )
+    wide_enough = np.nonzero(steps >= (high - low) / 10)[0]
+    ticks = np.empty(0)
+    for step in steps[: wide_enough[0] + 1][::-1]:
+        base = (low // step) * step
+        first, rest = divmod(low - base, step)
+        first += abs(rest / step - 1) < 1e-10
+        last, rest = divmod(high - base, step)
+        last += abs(rest / step) >= 1e-10
+        ticks = np.arange(first, last + 1) * step + base
+        if ((ticks <= high) & (ticks >= low)).sum() >= 2:
+            break
+    slack = (high - low) * 1e-10
+    return [float(tick) for tick in ticks if low - slack <= tick <= high + slack]
+
+
+def _time_text(tick: float, span_s: float) -> str:
+    """librosa's TimeFormatter. Two digits: 10.5 s reads 10, as in the paper's pictures."""
+    if span_s > 3600:
+        return f"{int(tick / 3600)}:{int(tick / 60 % 60):02d}:{int(tick % 60):02d}"
+    if span_s > 60:
+        return f"{int(tick / 60)}:{int(tick % 60):02d}"
+    return f"{tick:.2g}" if span_s >= 1 else f"{tick:.3f}"
+
+
+_FREQUENCY_TICKS = (0, *(2**octave for octave in range(6, 14)))
+
+
+@cache
+def _left() -> float:
+    """Where the axes begin: right of the widest label of a frequency."""
+    return max(_text_width(str(tick)) for tick in _FREQUENCY_TICKS) + _LABEL_GAP
+
+
+def _depths(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of frequencies in Hz, in pixels from the top: linear up to the note C2, 65.4 Hz, and logarithmic above."""
+    half_bin = PICTURE_RATE / _FFT / 2
+    low, high = _stretched(np.array([-half_bin, PICTURE_RATE / 2 + half_bin]))
+    pixels_per_unit = (HEIGHT - _BOTTOM) / (high - low)
+    return HEIGHT - _BOTTOM - pixels_per_unit * (_stretched(frequencies) - low)
+
+
+def _stretched(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """matplotlib's symmetric logarithm as specshow sets it: base 2, linear share 0.5 of an octave."""
+    c2 = 440 * 2.0 ** ((36 - 69) / 12)
+    octaves = np.log(np.maximum(np.abs(frequencies), c2) / c2) / np.log(2)
+    return np.where(np.abs(frequencies) <= c2, frequencies, np.sign(frequencies) * c2 * (1 + octaves))
+
+
+def _bins_of_rows() -> NDArray[np.int64]:
+    """Which of the STFT's bins each row of the mesh shows; a bin's cell reaches half a bin up and down."""
+    edges = (np.arange(_BINS + 1) - 0.5) * (PICTURE_RATE / _FFT)
+    snapped = np.floor(_depths(edges) + 0.5)
+    rows = np.arange(_MESH_ROWS.start, _MESH_ROWS.stop)
+    return _BINS - np.searchsorted(snapped[::-1], rows, side="right")
+
+
+# --- What is drawn -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Print:
+    """Tick labels' letters and the colour maps, as tests/make_spectrogram_data.py tells."""
+
+    letters: str
+    coverage: NDArray[np.uint8]
+    left: NDArray[np.int8]
+    bearing: NDArray[np.int16]
+    advance: NDArray[np.int16]
+    colours: NDArray[np.uint8]
+
+
+@cache
+def _print() -> _Print:
+    with np.load(Path(__file__).parent / "data" / "spectrogram.npz", allow_pickle=False) as data:
+        return _Print(letters=str(data["letters"]), **{name: data[name] for name in data if name != "letters"})
+
+
+def _palettes() -> NDArray[np.uint8]:
+    """What each code looks like under each of the two colour maps: (3, maps * codes), blue first."""
+    colours = _print().colours
+    once = _inked(colours, _FAINT)
+    greys = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (2, 256, 3))
+    codes = np.concatenate((colours, once, _inked(once, _FAINT), greys), axis=1)
+    return np.ascontiguousarray(codes.reshape(-1, 3).T)
+
+
+def _ink(axis: _TimeAxis) -> NDArray[np.int32]:
+    """The codes of every pixel (450, 610), those of the mesh at level 0."""
+    grey = _frequency_labels().copy()
+    for column in axis.ticks:
+        _draw_line(grey, _BOTTOM_ROW, _BOTTOM_ROW + 6, column, _TICK_END)
+    for text, x in axis.labels:
+        _draw_text(grey, text, x, HEIGHT - _BOTTOM + _LABEL_GAP + _LINE_ASCENT)
+    right = axis.right_column
+    for column in (_LEFT_COLUMN, right):
+        _draw_line(grey, _TOP_ROW - 1, _BOTTOM_ROW + 2, column, _FRAME_END)
+    for row in (_BOTTOM_ROW, _TOP_ROW):
+        _draw_line(grey.T, _LEFT_COLUMN - 1, right + 2, row, _FRAME_END)
+
+    codes = grey.astype(np.int32) + _GREY
+    if len(axis.frames):
+        mesh = codes[_MESH_ROWS, _MESH_COLUMNS.start : right]
+        mesh[:] = 0
+        mesh[[0, -1]] += _ONCE_FAINT
+        mesh[:, [0, -1]] += _ONCE_FAINT
+    return codes
+
+
+@cache
+def _frequency_labels() -> NDArray[np.uint8]:
+    grey = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    for tick, depth in zip(_FREQUENCY_TICKS, _depths(np.array(_FREQUENCY_TICKS, float)), strict=True):
+        _draw_line(grey.T, _LEFT_COLUMN - 5, _LEFT_COLUMN + 1, math.floor(depth + 0.5), _TICK_END)
+        x = _left() - _LABEL_GAP - _text_width(str(tick))
+        _draw_text(grey, str(tick), x, depth + _LINE_ASCENT / 2)
+    return grey
+
+
+def _draw_line(
+    grey: NDArray[np.uint8], start: int, stop: int, column: int, ends: tuple[int, int, int]
+) -> None:
+    """A vertical line through the rows given, of which the first and the last hold its ends; mind the T for others."""
+    coverage = np.full((stop - start, 3), _BESIDE, np.uint8)
+    coverage[[0, -1]] = ends
+    _cover(grey, coverage, start, column - 1)
+
+
+def _draw_text(grey: NDArray[np.uint8], text: str, x: float, baseline: float) -> None:
+    """One line of text with its pen's start at x, letter by letter as FreeType sets it."""
+    shapes = _print()
+    glyphs = [shapes.letters.index(letter) for letter in text]
+    bearing = shapes.bearing[glyphs[0]] / 64
+    coverage = np.zeros((shapes.coverage.shape[2], 16 * len(text)), np.uint8)
+    pen = 0
+    for glyph in glyphs:
+        phase = pen % 64 // 8
+        column = int(pen // 64 + shapes.left[glyph, phase] - bearing)
+        coverage[:, column : column + shapes.coverage.shape[3]] |= shapes.coverage[glyph, phase]
+        pen += int(shapes.advance[glyph])
+    _cover(grey, coverage, round(baseline) + 1 - len(coverage), round(x + bearing))
+
+
+def _text_width(text: str) -> float:
+    shapes = _print()
+    return float(sum(shapes.advance[shapes.letters.index(letter)] for letter in text)) / 64
+
+
+def _cover(grey: NDArray[np.uint8], coverage: NDArray[np.uint8], row: int, column: int) -> None:
+    """Put black ink on a part of the picture; what lies outside is lost."""
+    height, width = coverage.shape
+    inside = grey[max(row, 0) : row + height, max(column, 0) : column + width]
+    coverage = coverage[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]]
+    inside[:] = _inked(inside, coverage)
+
+
+def _inked(value: NDArray[np.uint8], coverage: NDArray[np.uint8] | int) -> NDArray[np.uint8]:
+    """Anti-Grain Geometry's blend of black into an opaque pixel, with its rounding."""
+    ink = np.asarray(coverage, np.int32)
+    blended = value.astype(np.int32) * 255 * (256 - ink) // (255 * 256 + ink)
+    return np.where(ink == 255, 0, blended).astype(np.uint8)
