@@ -12,7 +12,6 @@ import time
 from dataclasses import asdict
 from uuid import uuid4
 
-import numpy as np
 import orjson
 import structlog
 
@@ -20,14 +19,12 @@ from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from clasp_core.catalog import Catalog
-from clasp_core.ingest import Ingester, Timings
+from clasp_core.ingest import Ingester, Timings, warm_up
 from clasp_core.types import Seconds
 
 _log = structlog.get_logger()
 
 READY_LINE = b"ready\n"
-_WARM_UP_SAMPLES = 15 * 16_000
-"""The longest segment there is: memory and speed are then what they will stay."""
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
 
@@ -38,7 +35,7 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
 
     model, library = open_configured_library(settings)
     encoder = model.speech_encoder()
-    encoder.encode([np.zeros(_WARM_UP_SAMPLES, np.float32)])
+    warm_up(encoder)
     ingester = Ingester(
         library,
         encoder,

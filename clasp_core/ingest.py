@@ -244,6 +244,17 @@ def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
     return encoder.encode([segment.waveform for segment in segments], pictured or None)
 
 
+def warm_up(encoder: SpeechEncoder) -> None:
+    """Embed noise as long as the longest segment: memory and speed are then what they will stay."""
+
+    def noise(sampling_rate: int) -> Waveform:
+        samples = round(SegmentConfig().max_s * sampling_rate)
+        return np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+
+    pictured = None if encoder.picture_rate is None else [noise(encoder.picture_rate)]
+    encoder.encode([noise(SAMPLING_RATE)], pictured)
+
+
 def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:
     """One unit vector (dim,) for a whole recording: its segments' mean, weighted by their lengths."""
     weights = np.array([segment.end_s - segment.start_s for segment in segments], np.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,7 +112,10 @@ def load_fusion(system: System, path: Path) -> fusion.Fusion:
 
     Raises ModelUnavailable where names or shapes are not the system's, or a value is not finite.
     """
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelUnavailable(f"{path} cannot be read as safetensors: {error}.") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelUnavailable(f"{path}: {name} holds NaN or infinity.")

@@ -19,7 +19,7 @@ from clasp_core.paper import Branches, PaperBackbone, fits, load_fusion
 from clasp_core.systems import SYSTEMS, Inputs
 from clasp_core.types import Seconds, Segment
 
-MAX_CLIP_S: Seconds = 60.0
+MAX_CLIP_S: Seconds = 600.0
 ENOUGH_SEGMENTS = 8
 """Fewer say little about the statistics of a training set."""
 

@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from clasp_core import fusion
+from clasp_core.errors import InvalidAudio
 from clasp_core.hub import PUBLISHED
 from clasp_core.ingest import embed_recording, mean_vector
-from clasp_core.models import open_model
+from clasp_core.models import PaperModel, open_model
+from clasp_core.paper import PaperBackbone
 from clasp_core.systems import SYSTEMS
+from clasp_core.verification import clip_branches, verify
 from tests.conftest import SAMPLES, Sample
 from tests.paper_checkpoints import (
     save_efficientnet,
@@ -32,7 +35,8 @@ from tests.paper_checkpoints import (
 from tests.service import RunningService, clasp
 
 WIDTH = 32
-CLIPS = sorted((SAMPLES / "audio").glob("*.opus"))[:12]
+CLIPS = sorted((SAMPLES / "audio").glob("*.opus"), key=lambda path: path.stat().st_size)[:9]
+"""The shortest ones: a segment each."""
 
 
 def trained(layout: str, seed: int, prepared: bool = True) -> dict[str, torch.Tensor]:
@@ -223,13 +227,11 @@ def test_verify_tells_how_the_inputs_were_prepared(models_dir: Path, tmp_path: P
     assert (found["entries"], found["layout"], found["right"]) == (43, "concat", True)
     assert found["inputs"] is None
 
-    # a fusion whose statistics were gathered from these very encoders, raw
+    # fusions whose statistics were gathered from these very encoders, fed the one way or the other
     model = open_model("paper", models_dir=models_dir)
-    assert model.name == "paper"
-    from clasp_core.paper import PaperBackbone
-    from clasp_core.verification import clip_branches
-
-    branches = clip_branches(PaperBackbone(model.system, model.located(), torch.device("cpu")), CLIPS)  # type: ignore[attr-defined]
+    assert isinstance(model, PaperModel)
+    backbone = PaperBackbone(model.system, model.located(), torch.device("cpu"))
+    branches = clip_branches(backbone, CLIPS)
     torch.manual_seed(0)
     for inputs in ("raw", "l2"):
         network = fusion.create("concat", WIDTH)
@@ -238,12 +240,17 @@ def test_verify_tells_how_the_inputs_were_prepared(models_dir: Path, tmp_path: P
             network(fed.speech, fed.picture)
         path = tmp_path / f"{inputs}.safetensors"
         save_file(network.state_dict(), path)
-        audio = [option for clip in CLIPS for option in ("--audio", clip)]
-        done = clasp("models", "verify", path, *audio, "--json", cwd=tmp_path, models_dir=models_dir)
-        report = json.loads(done.stdout)
-        assert report["inputs"] == inputs, report
-        assert report["right"] == (inputs == "l2")
-        assert done.returncode == (0 if inputs == "l2" else 1)
+        report = verify(str(path), CLIPS, models_dir=models_dir)
+        assert report.inputs == inputs, report
+        assert report.right == (inputs == "l2")
+    audio = [option for clip in CLIPS for option in ("--audio", clip)]
+    raw = tmp_path / "raw.safetensors"
+    done = clasp("models", "verify", raw, *audio, cwd=tmp_path, models_dir=models_dir)
+    assert done.returncode == 1
+    assert "speech inputs raw" in done.stdout
+    assert "the inputs were 'raw'" in done.stderr
+    with pytest.raises(InvalidAudio, match="too little"):
+        verify(str(raw), CLIPS[:2], models_dir=models_dir)
 
 
 def test_verify_refuses_what_is_no_fusion(models_dir: Path, tmp_path: Path) -> None:
