@@ -1,13 +1,13 @@
 """The spectrogram picture that the paper's second branch looks at, drawn without the plotting library.
 
-CLASP feeds its image network a screenshot of a plot: `librosa.display.specshow(db, x_axis="time", y_axis="log")`
-saved with a tight bounding box, frame and tick labels included (arXiv 2412.13071; clasp-inference.ipynb,
-cell 12). What the network learned, it learned from that picture, so every pixel of it counts. Owns the
-picture alone: decoding and resampling come before it, the network after it. docs/spectrogram.md tells how the
-drawing was found out and how close it comes.
+CLASP feeds its image network a plot: `librosa.display.specshow(db, x_axis="time", y_axis="log")`, saved with
+a tight bounding box, frame and tick labels included (arXiv 2412.13071; clasp-inference.ipynb, cell 12). What
+the network learned, it learned from that picture, so every pixel counts. Owns the picture alone: decoding and
+resampling come before it, the network after it. docs/spectrogram.md tells how close it comes.
 
-A plot of a mesh without antialiasing is a table look-up: each pixel shows one cell, and which one follows from
-the number of STFT frames. So are the labels and the frame. Only the decibels need arithmetic.
+Drawing such a plot is a table look-up. The mesh is not antialiased, so each pixel shows one cell of the STFT,
+and which one follows from the number of frames, as the frame and the tick labels do. Only the decibels need
+arithmetic.
 """
 
 import math
@@ -31,11 +31,11 @@ _BINS = _FFT // 2 + 1
 _MIN_POWER = 1e-10  # amplitude_to_db's amin of 1e-5, squared
 _TOP_DB = np.float32(80)
 
-# The figure, 640 x 480 pixels at 100 dots an inch, in pixels. tight_layout leaves 15 all round, which the tight
-# bounding box cuts off again; labels stand 7 points from the axes.
-_LABEL_GAP = 7 / 72 * 100
+# Lengths in the figure, in pixels of 1/100 inch.
+_FIGURE_WIDTH = 640
+_MARGIN = 1.08 * 10 / 72 / 6.4  # tight_layout's: of the width, 15 pixels that the tight crop takes off again
+_LABEL_GAP = 7 / 72 * 100  # between tick labels and axes
 _LINE_HEIGHT, _LINE_ASCENT = 14, 11  # of any text: that of "lp"
-_FIRST_GUESS_LEFT, _FIRST_GUESS_WIDTH = 80.0, 496.0  # the axes before tight_layout moves them
 _BOTTOM = _LINE_HEIGHT + _LABEL_GAP
 
 # Of the pixels' rows and columns: the black lines of the frame. The right one's column depends on the labels.
@@ -43,30 +43,49 @@ _TOP_ROW, _BOTTOM_ROW, _LEFT_COLUMN = 0, 426, 45
 _MESH_ROWS = slice(_TOP_ROW + 1, _BOTTOM_ROW)
 _MESH_COLUMNS = slice(_LEFT_COLUMN + 1, WIDTH)
 
-# A line 0.8 points thick covers one pixel and 1/18 of each neighbour; where it ends, half a pixel, or 1/18 more.
-# Coverages across a line, of 255.
+# How much of 255 a line covers across, 0.8 points thick: one pixel and 1/18 of each neighbour. Ticks end in
+# the middle of a pixel; the frame's lines 1/18 beyond one.
 _FAINT = 14
 _BESIDE, _TICK_END, _FRAME_END = (_FAINT, 255, _FAINT), (7, 128, 7), (1, _FAINT, 1)
+
+# Places of the colour maps in the data file.
+_COOLWARM, _MAGMA = 0, 1
 
 # The codes of pixels: a level of colour, as it is, under one line's faint edge, or under two; or a grey.
 _ONCE_FAINT, _TWICE_FAINT, _GREY, _CODES = 256, 512, 768, 1024
 
 _FRAMES_AT_ONCE = 2048
-"""Bound of the memory taken for Fourier transforms: 16 MB each for the frames and their spectra."""
+"""Pictures of waveforms with at most so many frames in all are drawn in one go; about 50 s."""
+
+_BLOCK = 64
+"""Frames transformed at once: 1 MB each for them and their spectra, which a processor's cache holds."""
 
 
 def render(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The picture of one waveform (n,) at 22,050 Hz: uint8 (450, 610, 3), blue first, on the CPU.
 
-    The reference crops to what it drew, which is 606 to 610 wide; here it is always 610, and the columns at
-    the right that the reference would have cropped show what lies there: white, or the end of a label.
+    The reference crops to what it drew, `reference_width` columns; here it is always 610, and the columns at
+    the right that the reference would have cropped off show what it would have drawn there.
 
-    Loudness matters: the colours span the samples' own range of decibels, but its sign picks the colour map.
+    Loudness matters: the colours span the waveform's own range of decibels, but their signs pick the colour
+    map.
 
-    Raises ValueError for a waveform that is empty, not one-dimensional, not finite, or beyond any sound's scale.
+    Raises ValueError for a waveform that is empty, not one-dimensional, not finite, or so loud that its power
+    overflows.
     """
-    picture: NDArray[np.uint8] = _on_cpu()([waveform])[0].permute(1, 2, 0).contiguous().numpy()
-    return picture
+    picture = _on_cpu().draw([_checked(waveform)])[0, ..., :3].contiguous()
+    drawn: NDArray[np.uint8] = picture.numpy()
+    return drawn
+
+
+def reference_width(samples: int) -> int:
+    """How many columns, 606 to 610, the reference's picture of so many samples at 22,050 Hz has.
+
+    It follows from the length alone: how far the last tick's label reaches over the axes' end.
+    """
+    if samples < 1:
+        raise ValueError(f"a waveform has at least one sample, not {samples}")
+    return _time_axis(1 + samples // _HOP).reference_width
 
 
 class SpectrogramPictures(nn.Module):
@@ -77,7 +96,7 @@ class SpectrogramPictures(nn.Module):
     is bounded whatever the waveforms' lengths. Raises as `render`. Not differentiable.
     """
 
-    _window: Tensor
+    _window_bits: Tensor
     _bins: Tensor
     _bin_of_row: Tensor
     _palettes: Tensor
@@ -86,130 +105,134 @@ class SpectrogramPictures(nn.Module):
         super().__init__()
         bins, bin_of_row = np.unique(_bins_of_rows(), return_inverse=True)
         for name, values in {
-            "_window": (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).astype(np.float32),
+            # As integers, which `half()` and `to(dtype)` leave alone.
+            "_window_bits": (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).view(np.int64),
             "_bins": bins,
             "_bin_of_row": bin_of_row,
             "_palettes": _palettes(),
         }.items():
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> Tensor:
         checked = [_checked(waveform) for waveform in waveforms]
-        pictures = torch.empty(
-            len(checked), 3, HEIGHT, WIDTH, dtype=torch.uint8, device=self._palettes.device
-        )
+        pictures = self._palettes.new_empty((len(checked), 3, HEIGHT, WIDTH), dtype=torch.uint8)
         start = 0
         while start < len(checked):
-            stop, frames = start, 0
-            while stop < len(checked) and (stop == start or frames + _frames(checked[stop]) <= _FRAMES_AT_ONCE):
+            stop, frames = start + 1, _frames(checked[start])
+            while stop < len(checked) and frames + _frames(checked[stop]) <= _FRAMES_AT_ONCE:
                 frames += _frames(checked[stop])
                 stop += 1
-            self._draw(checked[start:stop], pictures[start:stop])
+            pictures[start:stop] = self.draw(checked[start:stop])[..., :3].permute(0, 3, 1, 2)
             start = stop
         return pictures
 
-    def _draw(self, waveforms: list[NDArray[np.float32]], pictures: Tensor) -> None:
-        device = pictures.device
+    @torch.no_grad()
+    def draw(self, waveforms: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Pictures of good waveforms in one go: uint8 (batch, 450, 610, 4), blue, green, red and a filler."""
+        device = self._palettes.device
         axes = [_time_axis(_frames(waveform)) for waveform in waveforms]
         cells, highest, lowest, map_of = self._measure(waveforms, axes)
 
         # Colours span what there is, at most 80 dB of it. Without a span, in silence, everything is level 0.
         bottom = np.maximum(lowest, highest - _TOP_DB)
         span = highest.astype(np.float64) - bottom
-        frames_of = torch.tensor([len(axis.frames) for axis in axes])
-        frame_bottom = torch.from_numpy(bottom).repeat_interleave(frames_of).to(device)[:, None]
-        frame_span = torch.from_numpy(np.where(span > 0, span, 1)).repeat_interleave(frames_of).to(device)[:, None]
-        db = _decibels(cells)
-        # In the reference's precisions: the difference in float32, the division in float64.
-        share = ((db - frame_bottom).clamp_(min=0).double() / frame_span).float()
-        levels = (share * 256).clamp_(max=255).to(torch.uint8)
+        bottom_and_span = torch.from_numpy(np.stack((bottom, np.where(span > 0, span, 1))))
+        of_frames = bottom_and_span.repeat_interleave(
+            torch.tensor([len(axis.frames) for axis in axes]), dim=1
+        )
+        bottoms, spans = of_frames.to(device)[..., None]
+        # In the reference's precisions: the difference is rounded to float32, the division done in float64.
+        above = (_decibels(cells) - bottoms.float()).clamp_(min=0)
+        levels = ((above.double() / spans).float() * 256).clamp_(max=255).to(torch.uint8)
 
-        # Beyond the axes every pixel shows one more frame, of level 0, that changes no code.
-        levels = torch.cat((levels, levels.new_zeros(1, levels.shape[1])))
-        first = np.cumsum([0] + [len(axis.frames) for axis in axes])
-        shown = np.full((len(axes), WIDTH - _MESH_COLUMNS.start), first[-1])
-        for n, axis in enumerate(axes):
-            shown[n, : len(axis.frame_of_column)] = first[n] + axis.frame_of_column
-        shown_levels = levels[torch.from_numpy(shown).to(device)].index_select(2, self._bin_of_row)
+        # Columns beyond the axes show one more frame, of level 0, that changes no code.
+        levels = torch.cat((levels, levels.new_zeros(1, levels.shape[1]))).index_select(1, self._bin_of_row)
+        firsts = np.cumsum([0] + [len(axis.frames) for axis in axes])
+        shown = np.full((len(axes), WIDTH - _MESH_COLUMNS.start), firsts[-1])
+        for row, first, axis in zip(shown, firsts, axes, strict=False):
+            row[: len(axis.frame_of_column)] = first + axis.frame_of_column
+        columns = levels.index_select(0, torch.from_numpy(shown.ravel()).to(device)).view(*shown.shape, -1)
 
-        codes = torch.from_numpy(np.stack([_ink(axis) for axis in axes])).to(device)
-        codes[:, _MESH_ROWS, _MESH_COLUMNS] += shown_levels.transpose(1, 2)
-        codes += torch.from_numpy(map_of * _CODES).to(device)[:, None, None]
-        flat = codes.reshape(-1)
-        for channel, palette in enumerate(self._palettes):
-            pictures[:, channel] = palette.index_select(0, flat).view(codes.shape)
+        codes = torch.from_numpy(
+            np.stack([_ink(axis) + first for axis, first in zip(axes, map_of * _CODES, strict=True)])
+        ).to(device)
+        codes[:, _MESH_ROWS, _MESH_COLUMNS] += columns.transpose(1, 2)
+        colours = self._palettes.index_select(0, codes.view(-1))
+        return colours.view(torch.uint8).view(len(axes), HEIGHT, WIDTH, 4)
 
     def _measure(
-        self, waveforms: list[NDArray[np.float32]], axes: list["_TimeAxis"]
+        self, waveforms: Sequence[NDArray[np.float32]], axes: Sequence["_TimeAxis"]
     ) -> tuple[Tensor, NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
-        """The power of the cells shown (frames, bins); of each waveform, highest and lowest dB and its colour map.
+        """The power of the cells shown (frames, bins); each waveform's highest and lowest dB and colour map.
 
-        Blocks of frames run over all waveforms, laid end to end with librosa's zeros around each; the three frames
-        across each border belong to none.
+        Blocks of frames run over all waveforms, laid end to end with librosa's zeros around each; the three
+        frames across each border belong to none.
         """
-        device = self._window.device
-        lengths = np.array([_frames(waveform) for waveform in waveforms])
-        starts = np.concatenate(([0], np.cumsum(lengths + 3)))
+        device = self._palettes.device
+        lengths = [_frames(waveform) for waveform in waveforms]
+        starts = [0, *np.cumsum(np.array(lengths) + 3).tolist()]
         sound = np.zeros(starts[-1] * _HOP, np.float32)
         for start, waveform in zip(starts, waveforms, strict=False):
             sound[start * _HOP + _FFT // 2 :][: len(waveform)] = waveform
         frames = torch.from_numpy(sound).to(device).unfold(0, _FFT, _HOP)
-        shown = torch.from_numpy(np.concatenate([s + axis.frames for s, axis in zip(starts, axes, strict=False)]))
-        shown_blocks = torch.bucketize(torch.arange(0, len(frames) + _FRAMES_AT_ONCE, _FRAMES_AT_ONCE), shown)
+        shown = np.concatenate([start + axis.frames for start, axis in zip(starts, axes, strict=False)])
 
         cells: list[Tensor] = []
-        of_frames: list[Tensor] = []
-        for n, block in enumerate(frames.split(_FRAMES_AT_ONCE)):
-            power = self._power(block)
-            here = shown[shown_blocks[n] : shown_blocks[n + 1]] - n * _FRAMES_AT_ONCE
-            cells.append(power.index_select(0, here.to(device)).index_select(1, self._bins))
-            below = (power < 1).sum(1, dtype=torch.int32)
-            upto = (power <= 1).sum(1, dtype=torch.int32)
-            of_frames.append(torch.stack((power.amax(1), power.amin(1), below.float(), upto.float())))
-        facts = torch.cat(of_frames, dim=1).cpu()
+        facts: list[Tensor] = []
+        for start in range(0, len(frames), _BLOCK):
+            power = self._power(frames[start : start + _BLOCK])
+            here = shown[slice(*np.searchsorted(shown, (start, start + _BLOCK)))] - start
+            cells.append(power.index_select(0, torch.from_numpy(here).to(device)).index_select(1, self._bins))
+            facts.append(torch.stack((power.amax(1), power.amin(1), (power < 1).sum(1), (power <= 1).sum(1))))
+        of_frames = torch.cat(facts, dim=1).cpu()
 
-        of_waveforms = [facts[:, s : s + n] for s, n in zip(starts, lengths, strict=False)]
-        peak = torch.stack([of[0].amax() for of in of_waveforms])
-        if not torch.isfinite(peak).all():
+        of_waveforms = [of_frames[:, start : start + n] for start, n in zip(starts, lengths, strict=False)]
+        extremes = torch.stack([torch.stack((of[0].amax(), of[1].amin())) for of in of_waveforms], dim=1)
+        if not torch.isfinite(extremes).all():
             raise ValueError("the waveform's power overflows; scale it to [-1, 1]")
-        highest = _decibels(peak).numpy()
-        lowest = _decibels(torch.stack([of[1].amin() for of in of_waveforms])).numpy()
+        highest, lowest = _decibels(extremes).numpy()
         map_of = np.empty(len(waveforms), np.int32)
-        for n, of in enumerate(of_waveforms):
-            own = frames[starts[n] : starts[n] + lengths[n]]
-            below, upto = (int(count.double().sum()) for count in of[2:])
-            straddles = highest[n] < _TOP_DB and (
-                self._percentile_sign(own, 2, below, strict=True)
-                < 0
-                < self._percentile_sign(own, 98, upto, strict=False)
+        for n, (of, start, length) in enumerate(zip(of_waveforms, starts, lengths, strict=False)):
+            own = frames[start : start + length]
+            below, up_to = of[2:].double().sum(1).long().tolist()
+            # librosa's choice: the map of two hues if the 2nd and the 98th percentile differ in sign.
+            map_of[n] = (
+                _COOLWARM
+                if (
+                    highest[n] < _TOP_DB
+                    and self._percentile(own, 2, below, strict=True) < 0
+                    and self._percentile(own, 98, up_to, strict=False) > 0
+                )
+                else _MAGMA
             )
-            map_of[n] = 0 if straddles else 1
         return torch.cat(cells), highest, lowest, map_of
 
     def _power(self, frames: Tensor) -> Tensor:
-        parts = torch.view_as_real(torch.fft.rfft(frames * self._window)).square()
+        # In float64 and rounded afterwards, as librosa does it.
+        spectra = torch.fft.rfft(frames * self._window_bits.view(torch.float64))
+        parts = torch.view_as_real(spectra).float().square_()
         return parts[..., 0] + parts[..., 1]
 
-    def _percentile_sign(self, frames: Tensor, percent: int, below: int, *, strict: bool) -> float:
-        """A number with the sign of a percentile of all decibels, of which `below` are negative (or 0, unless strict).
+    def _percentile(self, frames: Tensor, percent: int, below: int, *, strict: bool) -> float:
+        """A number with the sign of a percentile of the frames' decibels.
 
-        Counting nearly always tells; else the two values the percentile lies between have to be found.
+        `below` of them are negative, or if not `strict`, at most 0. That nearly always tells; else 0 lies
+        between the two values that the percentile interpolates, and they have to be found.
         """
         place = percent / 100 * (len(frames) * _BINS - 1)
-        under = math.floor(place)
-        if below <= under:
+        if below <= math.floor(place):
             return 1
-        if below >= under + 2:
+        if below >= math.floor(place) + 2:
             return -1
         lower, upper = 0.0, math.inf
-        for block in frames.split(_FRAMES_AT_ONCE):
-            power = self._power(block)
+        for start in range(0, len(frames), _BLOCK):
+            power = self._power(frames[start : start + _BLOCK])
             is_below = power < 1 if strict else power <= 1
             lower = max(lower, float(power.where(is_below, 0).amax()))
             upper = min(upper, float(power.where(~is_below, math.inf).amin()))
-        low_db, high_db = (float(10 * math.log10(max(_MIN_POWER, power))) for power in (lower, upper))
-        return low_db + (high_db - low_db) * (place - under)
+        lower_db, upper_db = (10 * math.log10(max(_MIN_POWER, power)) for power in (lower, upper))
+        return lower_db + (upper_db - lower_db) * (place - math.floor(place))
 
 
 @cache
@@ -234,20 +257,22 @@ def _decibels(power: Tensor) -> Tensor:
     return power.clamp(min=_MIN_POWER).log10_().mul_(10)
 
 
-# --- Where things are ----------------------------------------------------------------------------------------
+# --- Where things are ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TimeAxis:
-    """What the number of frames decides.
+    """What the number of STFT frames decides.
 
-    frames: those shown anywhere, ascending. frame_of_column: for each column of the mesh, the place in `frames`.
-    right_column: of the frame's right line. labels: text, its pen's x; ticks: columns.
+    frames: those shown anywhere, ascending. frame_of_column: the place in `frames` of what each column of the
+    mesh shows. right_column: where the axes end. reference_width: where the reference crops. ticks: their
+    columns. labels: texts, and where they start.
     """
 
     frames: NDArray[np.int64]
     frame_of_column: NDArray[np.int64]
     right_column: int
+    reference_width: int
     ticks: tuple[int, ...]
     labels: tuple[tuple[str, float], ...]
 
@@ -268,14 +293,21 @@ def _time_axis(n_frames: int) -> _TimeAxis:
     texts = [_time_text(tick, high - low) for tick in ticks]
     scale = 1 / (high - low)
 
-    # tight_layout makes room at the right for as much of the labels as would hang over in the first guess.
-    guess = [_FIRST_GUESS_WIDTH * (tick - low) * scale + _FIRST_GUESS_LEFT for tick in ticks]
-    ends = [x + _text_width(text) / 2 for x, text in zip(guess, texts, strict=True)]
-    right = WIDTH - max(0.0, *(end - _FIRST_GUESS_LEFT - _FIRST_GUESS_WIDTH for end in ends))
-    left = _left()
-    # In matplotlib's order of operations: some edges fall on the middle of a pixel exactly.
-    width = right - left
-    slope, offset = width * scale, width * (-low * scale) + left
+    def placed(left: float, right: float) -> tuple[float, float]:
+        return (right - left) * scale, (right - left) * (-low * scale) + left
+
+    def rightmost(slope: float, offset: float) -> float:
+        ends = [slope * t + offset + _text_width(text) / 2 for t, text in zip(ticks, texts, strict=True)]
+        return max(slope * high + offset, *ends)
+
+    # tight_layout makes room at the right for as much as hangs over where the axes are at first. All in
+    # matplotlib's order of operations, because some edges fall on the middle of a pixel exactly.
+    first_guess = placed(0.125 * _FIGURE_WIDTH, 0.9 * _FIGURE_WIDTH)
+    overhang = max(0.9 * _FIGURE_WIDTH, rightmost(*first_guess)) * (1 / _FIGURE_WIDTH) - 0.9
+    right = (1 - (max(overhang, 0) + _MARGIN)) * _FIGURE_WIDTH
+    end = max(right, rightmost(*placed(_left() + 15, right)))
+    right -= 15
+    slope, offset = placed(_left(), right)
     positions = [slope * tick + offset for tick in ticks]
 
     right_column = math.floor(right + 0.5)
@@ -287,13 +319,14 @@ def _time_axis(n_frames: int) -> _TimeAxis:
         frames,
         frame_of_column,
         right_column,
+        int((end / 100 - 0.15) * 100),
         tuple(math.floor(x + 0.5) for x in positions),
         tuple((text, x - _text_width(text) / 2) for text, x in zip(texts, positions, strict=True)),
     )
 
 
 def _time_ticks(low: float, high: float) -> list[float]:
-    """matplotlib's MaxNLocator(steps=[1, 1.5, 5, 6, 10]) of at most ten intervals: the ticks within the limits."""
+    """The ticks of matplotlib's MaxNLocator(nbins=10, steps=[1, 1.5, 5, 6, 10]) within the limits, in s."""
     stairs = np.array([1, 1.5, 5, 6, 10])
     steps = np.concatenate((0.1 * stairs[:-1], stairs, [10 * stairs[1]])) * 10 ** (
         math.log10((high - low) / 10) // 1
@@ -332,15 +365,17 @@ def _left() -> float:
 
 
 def _depths(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of frequencies in Hz, in pixels from the top: linear up to the note C2, 65.4 Hz, and logarithmic above."""
+    """How far below the picture's top frequencies in Hz are, in pixels."""
     half_bin = PICTURE_RATE / _FFT / 2
     low, high = _stretched(np.array([-half_bin, PICTURE_RATE / 2 + half_bin]))
     pixels_per_unit = (HEIGHT - _BOTTOM) / (high - low)
-    return HEIGHT - _BOTTOM - pixels_per_unit * (_stretched(frequencies) - low)
+    depths: NDArray[np.float64] = HEIGHT - _BOTTOM - pixels_per_unit * (_stretched(frequencies) - low)
+    return depths
 
 
 def _stretched(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
-    """matplotlib's symmetric logarithm as specshow sets it: base 2, linear share 0.5 of an octave."""
+    """matplotlib's symmetric logarithm as specshow sets it: linear up to the note C2, 65.4 Hz, an octave's
+    width; logarithmic beyond."""
     c2 = 440 * 2.0 ** ((36 - 69) / 12)
     octaves = np.log(np.maximum(np.abs(frequencies), c2) / c2) / np.log(2)
     return np.where(np.abs(frequencies) <= c2, frequencies, np.sign(frequencies) * c2 * (1 + octaves))
@@ -348,13 +383,13 @@ def _stretched(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _bins_of_rows() -> NDArray[np.int64]:
     """Which of the STFT's bins each row of the mesh shows; a bin's cell reaches half a bin up and down."""
-    edges = (np.arange(_BINS + 1) - 0.5) * (PICTURE_RATE / _FFT)
+    edges: NDArray[np.float64] = (np.arange(_BINS + 1, dtype=np.float64) - 0.5) * (PICTURE_RATE / _FFT)
     snapped = np.floor(_depths(edges) + 0.5)
     rows = np.arange(_MESH_ROWS.start, _MESH_ROWS.stop)
     return _BINS - np.searchsorted(snapped[::-1], rows, side="right")
 
 
-# --- What is drawn -------------------------------------------------------------------------------------------
+# --- What is drawn ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -372,16 +407,18 @@ class _Print:
 @cache
 def _print() -> _Print:
     with np.load(Path(__file__).parent / "data" / "spectrogram.npz", allow_pickle=False) as data:
-        return _Print(letters=str(data["letters"]), **{name: data[name] for name in data if name != "letters"})
+        return _Print(
+            letters=str(data["letters"]), **{name: data[name] for name in data if name != "letters"}
+        )
 
 
-def _palettes() -> NDArray[np.uint8]:
-    """What each code looks like under each of the two colour maps: (3, maps * codes), blue first."""
+def _palettes() -> NDArray[np.int32]:
+    """What each code looks like under each colour map: blue, green, red and 0, the bytes of one number."""
     colours = _print().colours
     once = _inked(colours, _FAINT)
     greys = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (2, 256, 3))
     codes = np.concatenate((colours, once, _inked(once, _FAINT), greys), axis=1)
-    return np.ascontiguousarray(codes.reshape(-1, 3).T)
+    return np.pad(codes, ((0, 0), (0, 0), (0, 1))).reshape(-1).view(np.int32)
 
 
 def _ink(axis: _TimeAxis) -> NDArray[np.int32]:
@@ -419,7 +456,7 @@ def _frequency_labels() -> NDArray[np.uint8]:
 def _draw_line(
     grey: NDArray[np.uint8], start: int, stop: int, column: int, ends: tuple[int, int, int]
 ) -> None:
-    """A vertical line through the rows given, of which the first and the last hold its ends; mind the T for others."""
+    """A vertical line, of which the first and the last row hold the ends. Transposed, a horizontal one."""
     coverage = np.full((stop - start, 3), _BESIDE, np.uint8)
     coverage[[0, -1]] = ends
     _cover(grey, coverage, start, column - 1)

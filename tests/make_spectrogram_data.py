@@ -1,7 +1,7 @@
-"""Makes clasp_core/data/spectrogram.npz, the two things of the picture that only matplotlib knows: letters, colours.
+"""Makes clasp_core/data/spectrogram.npz: what of the picture only matplotlib knows, letters and colours.
 
-`python -m tests.make_spectrogram_data`, with the matplotlib that pyproject.toml bounds. The letters are those of
-tick labels, DejaVu Sans at 10 points and 100 dots an inch, in each of the eight places between two pixels
+`python -m tests.make_spectrogram_data`, with the matplotlib that pyproject.toml bounds. The letters are those
+of tick labels, DejaVu Sans at 10 points and 100 dots an inch, in each of the eight places between two pixels
 where matplotlib's text layout may put one.
 
 letters   the characters, in the order of the arrays' first axis
@@ -27,7 +27,9 @@ HEIGHT, WIDTH = 12, 11
 
 def main() -> None:
     if not matplotlib.__version__.startswith("3.10."):
-        raise SystemExit(f"matplotlib {matplotlib.__version__} draws other letters than the paper's; use 3.10")
+        raise SystemExit(
+            f"matplotlib {matplotlib.__version__} draws other letters than the paper's; use 3.10"
+        )
     font = RendererAgg(640, 480, 100)._prepare_font(FontProperties(size=10))
     flags = get_hinting_flag()
 
@@ -54,7 +56,9 @@ def main() -> None:
             left[n, phase] = inked[0] - pen // 64
             coverage[n, phase, :, : len(inked)] = bitmap[:, inked[0] : inked[-1] + 1]
 
-    colours = [matplotlib.colormaps[name](np.arange(256), bytes=False)[:, 2::-1] for name in ("coolwarm", "magma")]
+    colours = [
+        matplotlib.colormaps[name](np.arange(256), bytes=False)[:, 2::-1] for name in ("coolwarm", "magma")
+    ]
     DATA.parent.mkdir(exist_ok=True)
     np.savez_compressed(
         DATA,
