@@ -16,6 +16,7 @@
     ├── IdConflict
     ├── ModelUnavailable
     │   └── WeightsMismatch
+    ├── IndexUnavailable
     ├── DataMismatch
     ├── ProcessingFailed
     └── NotReady
@@ -125,6 +126,12 @@ class WeightsMismatch(ModelUnavailable):
     """A weights file exists but its sha256 is not the pinned one."""
 
     code = "weights_mismatch"
+
+
+class IndexUnavailable(ClaspError):
+    """The vector store that was configured cannot run on this machine as it is installed."""
+
+    code = "index_unavailable"
 
 
 class DataMismatch(ClaspError):
