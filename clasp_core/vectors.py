@@ -74,7 +74,7 @@ class VectorStore(Protocol):
         ...
 
     def read(self, path: Path) -> None:
-        """What a file holds, into a store that is empty. Raises RuntimeError or ValueError for another's file."""
+        """What a file holds, into a store that is empty. RuntimeError or ValueError for another's file."""
         ...
 
 
@@ -384,7 +384,7 @@ class TorchStore:
         vectors = self._vectors()
         hidden = None if among is None else self._tensor(~among)
         scores, places = [], []
-        for part in self._tensor(queries).split(max(1, _SCORES_AT_ONCE // len(vectors))):
+        for part in self._torch.split(self._tensor(queries), max(1, _SCORES_AT_ONCE // len(vectors))):
             products = part @ vectors.T
             if hidden is not None:
                 products.masked_fill_(hidden, -self._torch.inf)
