@@ -131,16 +131,20 @@ def _overwritten() -> bool:
     return not hasattr(faiss, "StandardGpuResources")
 
 
-_FLOAT32_NOISE = 1e-6
-"""A float32 sum over unit vectors of our lengths differs by less than this from the exact one."""
+def _noise(dim: int, *, half: bool = False) -> float:
+    """How far a product of unit vectors, summed in float32 in any order, can be from the exact one.
+
+    dim x 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). In half precision each
+    vector is rounded to 11 significant bits first, which changes the product by 2**-11 at most.
+    """
+    return 1.01 * (dim * 2.0**-24 + (2 * 2.0**-11 if half else 0))  # 1.01: unit length is to 1e-3
 
 
 class FaissStore:
     """FAISS's flat inner-product index, in memory."""
 
-    noise = _FLOAT32_NOISE
-
     def __init__(self, dim: int) -> None:
+        self.noise = _noise(dim)
         self._dim = dim
         self._faiss = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
 
@@ -230,10 +234,6 @@ class OwnerThread:
 DEEPEST = 2048
 """How many neighbours GPU FAISS can select (GPU_MAX_SELECTION_K)."""
 
-_HALF_NOISE = 1e-3
-"""Rounding query and vector to 11 significant bits changes a product of unit vectors by at most
-2 x 2**-11 = 0.98e-3 (Cauchy-Schwarz); sums are float32."""
-
 
 class MirroredStore(FaissStore):
     """FAISS on the CPU, with a copy of the vectors in a flat index on a device, which answers what it can.
@@ -249,7 +249,7 @@ class MirroredStore(FaissStore):
         self, dim: int, *, new_mirror: Callable[[int], Any], owner: OwnerThread, half: bool = False
     ) -> None:
         super().__init__(dim)
-        self.noise = _HALF_NOISE if half else _FLOAT32_NOISE
+        self.noise = _noise(dim, half=half)
         self._new_mirror = new_mirror
         self._owner = owner
         self._mirror: list[Any] = []
@@ -344,11 +344,10 @@ class TorchStore:
     Full float32 on a GPU, too, as long as nobody in the process turns on TF32, which torch leaves off.
     """
 
-    noise = _FLOAT32_NOISE
-
     def __init__(self, dim: int, *, device: str = "cpu") -> None:
         import torch
 
+        self.noise = _noise(dim)
         self._torch = torch
         self._dim = dim
         self._numbers = np.empty(0, np.int64)

@@ -24,10 +24,7 @@ from clasp_core.vectors import (
 
 class FlatIndexWithAGpusManners:
     """A flat index of FAISS in main memory that can do no more than one on a GPU, and asserts its rules:
-    one thread from its first moment to its last, one call at a time, and no search deeper than DEEPEST."""
-
-    made_on: dict[int, int] = {}  # noqa: RUF012 - of each living one the thread that made it
-    dropped_elsewhere: list[int] = []  # noqa: RUF012
+    one thread from its first moment on, one call at a time, and no search deeper than DEEPEST."""
 
     def __init__(self, dim: int, *, half: bool = False) -> None:
         self._flat: Any = (
@@ -39,7 +36,6 @@ class FlatIndexWithAGpusManners:
         self._busy = threading.Lock()
         self.searches = 0
         self.added = 0
-        self.made_on[id(self)] = self._owner
 
     @property
     def ntotal(self) -> int:
@@ -64,10 +60,6 @@ class FlatIndexWithAGpusManners:
             return call()
         finally:
             self._busy.release()
-
-    def __del__(self) -> None:
-        if self.made_on.pop(id(self)) != threading.get_ident():
-            self.dropped_elsewhere.append(id(self))
 
 
 _OWNER = OwnerThread("a test's device")
