@@ -113,10 +113,10 @@ def _obstacle_to_gpu_faiss() -> str | None:
     if not hasattr(faiss, "StandardGpuResources"):
         if _overwritten():
             return (
-                "the files of faiss-cpu lie over those of faiss-gpu: both are installed into one folder."
-                " Uninstall both, then install faiss-gpu."
+                "the files of faiss-cpu lie over those of faiss-gpu, in the one folder of both."
+                " `pip install --force-reinstall --no-deps 'faiss-gpu>=1.15,<1.16'` puts that right."
             )
-        return "the installed FAISS is for the CPU only; faiss-gpu would have to take faiss-cpu's place."
+        return "the installed FAISS is for the CPU only; the extra `gpu` has the other."
     if faiss.get_num_gpus() == 0:
         return "FAISS sees no GPU."
     return None

@@ -101,6 +101,24 @@ def test_recordings_closer_than_half_precision_tells_are_told_apart(name: str) -
 
 
 @pytest.mark.parametrize("name", EVERY_STORE)
+def test_a_segment_is_not_shown_in_a_better_one_s_place(name: str) -> None:
+    """Of a long recording only what is surely its best is shown: of many segments as good as equal, a search
+    that has not seen all of them knows none to be the second best."""
+    query, *others = random_vectors(1, 101, 64).astype(np.float64)
+    aside = unit(np.array(others) - np.outer(np.array(others) @ query, query))
+    cosine = np.random.default_rng(0).normal(0.5, 1e-5, size=(100, 1))
+    cosine[0] = 0.9
+    recordings = {1: unit(cosine * query + np.sqrt(1 - cosine**2) * aside), 2: unit(aside[:5])}
+    index = filled(recordings, new_store=store_named(name))
+    asked = unit(query[None])
+    (matches,) = index.search(asked, [1])
+    check_matches(matches, recordings, asked[0], 1)
+    (matches,) = index.search(asked, [2])  # all are seen, for want of another recording
+    check_matches(matches, recordings, asked[0], 2)
+    assert [len(match.segments) for match in sorted(matches, key=lambda match: match.recording)] == [5, 5]
+
+
+@pytest.mark.parametrize("name", EVERY_STORE)
 def test_a_store_keeps_order_and_bits(name: str) -> None:
     """Places are how the index names vectors to its store, and exact scores are made of these rows."""
     store = store_named(name)(8)
@@ -327,7 +345,7 @@ def faiss_gpu_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_faiss_installed_over_the_other_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """Both packages fill the same folder without a word, so that a GPU is paid for and not used. Where it was
     demanded that is an error; where it was not, a line in the log."""
-    with pytest.raises(IndexUnavailable, match="Uninstall both, then install faiss-gpu"):
+    with pytest.raises(IndexUnavailable, match="pip install --force-reinstall --no-deps"):
         store_for("faiss", "cuda")
     with caplog.at_level(logging.WARNING):
         assert store_for("faiss", "auto") is FaissStore
