@@ -13,6 +13,8 @@ ODD = {
     "models_dir": Path("/weights, old"),
     "data_dir": Path("data dir/ü"),
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
+    "vector_store": "torch",
+    "vector_store_half": True,
     "device": "cpu",
     "threads": 3,
     "workers": 0,
