@@ -257,6 +257,8 @@ class MirroredStore(FaissStore):
         self._places = np.empty(0, np.int64)
         """Of each row of the mirror, its place here now; -1 if it is gone. Ascending but for those."""
         self._gone = 0
+        self._trusted = True
+        """False from the start of an addition to its end; one that failed left who knows how much."""
         weakref.finalize(self, owner.later, self._mirror.clear).atexit = False
 
     def remove(self, gone: Mask) -> None:
@@ -302,15 +304,16 @@ class MirroredStore(FaissStore):
         if not self._mirror:
             self._mirror.append(self._new_mirror(self._dim))
         mirror = self._mirror[0]
-        # an addition that failed half-way, for want of memory, is seen by the count
-        if 4 * self._gone > len(self._places) or mirror.ntotal != len(self._places):
+        if 4 * self._gone > len(self._places) or not self._trusted:
             mirror.reset()
             self._places = np.empty(0, np.int64)
             self._gone = 0
         vectors = self._vectors()
         mirrored = len(self._places) - self._gone
         if mirrored < len(vectors):
+            self._trusted = False
             mirror.add(vectors[mirrored:])
+            self._trusted = True
             self._places = np.concatenate([self._places, np.arange(mirrored, len(vectors))])
         return mirror
 
@@ -325,7 +328,8 @@ def _gpu_resources() -> Any:  # noqa: ANN401
 
 
 def _gpu_index(half: bool, dim: int) -> Any:  # noqa: ANN401
-    """An empty flat index on the first GPU. FAISS keeps float32 products out of TF32 by itself."""
+    """An empty flat index on the first GPU. FAISS itself keeps float32 products out of TF32, and sums of half
+    precision in float32 (its math mode is CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)."""
     config = faiss.GpuIndexFlatConfig()
     config.device = 0
     config.useFloat16 = half

@@ -37,10 +37,6 @@ class FlatIndexWithAGpusManners:
         self.searches = 0
         self.added = 0
 
-    @property
-    def ntotal(self) -> int:
-        return self._alone(lambda: self._flat.ntotal)
-
     def add(self, vectors: NDArray[np.float32]) -> None:
         self.added += len(vectors)
         self._alone(lambda: self._flat.add(vectors))
