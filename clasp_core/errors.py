@@ -16,8 +16,8 @@
     ├── IdConflict
     ├── ModelUnavailable
     │   └── WeightsMismatch
-    ├── IndexUnavailable
     ├── DataMismatch
+    ├── IndexUnavailable
     ├── ProcessingFailed
     └── NotReady
 
@@ -128,16 +128,16 @@ class WeightsMismatch(ModelUnavailable):
     code = "weights_mismatch"
 
 
-class IndexUnavailable(ClaspError):
-    """The vector store that was configured cannot run on this machine as it is installed."""
-
-    code = "index_unavailable"
-
-
 class DataMismatch(ClaspError):
     """The data directory was written by another model or a newer version."""
 
     code = "data_mismatch"
+
+
+class IndexUnavailable(ClaspError):
+    """The vector store that was configured cannot run on this machine as it is installed."""
+
+    code = "index_unavailable"
 
 
 class ProcessingFailed(ClaspError):
