@@ -39,6 +39,7 @@ STATUS_OF: dict[str, int] = {
     "invalid_checkpoint": 503,
     "unsafe_checkpoint": 503,
     "data_mismatch": 503,
+    "index_unavailable": 503,
     "processing_failed": 500,
     "not_ready": 503,
     # --- raised by this layer

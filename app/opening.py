@@ -3,6 +3,7 @@
 from app.settings import Settings
 from clasp_core.library import Library
 from clasp_core.models import Model, open_model, use_threads
+from clasp_core.vectors import store_for
 
 
 def open_configured_model(settings: Settings, name: str | None = None) -> Model:
@@ -20,5 +21,6 @@ def open_configured_library(settings: Settings, *, embed_anew: bool = False) -> 
         dim=model.dim,
         database_url=settings.database_url,
         embed_anew=embed_anew,
+        new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
     )
     return model, library

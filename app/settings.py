@@ -31,10 +31,12 @@ class Settings(BaseSettings):
     """Everything the service stores."""
     database_url: str | None = None
     """The catalogue; by default a SQLite file in the data directory."""
-    vector_store: Literal["faiss"] = "faiss"
-    """Where vectors are searched."""
+    vector_store: Literal["faiss", "torch"] = "faiss"
+    """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
+    vector_store_half: bool = False
+    """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` takes a GPU where there is one."""
+    """Where models run and vectors are searched; `auto` takes a GPU where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each model process; 0 means half of the cores, at least one."""
     workers: Annotated[int, Field(ge=0, le=64)] = 1

@@ -19,6 +19,7 @@
     │   └── InvalidCheckpoint
     │       └── UnsafeCheckpoint
     ├── DataMismatch
+    ├── IndexUnavailable
     ├── ProcessingFailed
     └── NotReady
 
@@ -145,6 +146,12 @@ class DataMismatch(ClaspError):
     """The data directory was written by another model or a newer version."""
 
     code = "data_mismatch"
+
+
+class IndexUnavailable(ClaspError):
+    """The vector store that was configured cannot run on this machine as it is installed."""
+
+    code = "index_unavailable"
 
 
 class ProcessingFailed(ClaspError):

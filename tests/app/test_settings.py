@@ -14,6 +14,8 @@ ODD = {
     "hub_endpoint": "http://mirror:8080/hf",
     "data_dir": Path("data dir/ü"),
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
+    "vector_store": "torch",
+    "vector_store_half": True,
     "device": "cpu",
     "threads": 3,
     "workers": 0,
