@@ -12,13 +12,14 @@ from multiprocessing.context import ForkServerContext
 import numpy as np
 from numpy.typing import NDArray
 
-from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording
+from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording, StoredModel
 from clasp_core.library import Library
 from clasp_core.types import Embeddings, Waveform
 from tests.audio_files import encode, tone
 
 DIM = 16
 MODEL = "0123456789abcdef"
+STORED_MODEL = StoredModel(MODEL, "spectral", DIM)
 
 
 class SpectralSpeechEncoder:
