@@ -23,12 +23,11 @@ STORED_MODEL = StoredModel(MODEL, "spectral", DIM)
 
 
 class SpectralSpeechEncoder:
-    """A fixed random projection of how loud each of 32 bands of frequency is."""
+    """A fixed random projection of how loud each of 32 bands of frequency is; another for each dim."""
 
-    dim = DIM
-
-    def __init__(self) -> None:
-        self._projection = np.random.default_rng(1).normal(size=(32, DIM))
+    def __init__(self, dim: int = DIM) -> None:
+        self.dim = dim
+        self._projection = np.random.default_rng(1).normal(size=(32, dim))
 
     def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
         return np.stack([self._vector(waveform) for waveform in waveforms])
