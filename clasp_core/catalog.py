@@ -36,6 +36,9 @@ MAX_ATTEMPTS = 5
 """A recording that was being processed when its worker died this many times is not tried again."""
 RETIRED_KEPT_S: Seconds = 600.0
 """How long a model's vectors outlive their use: services that have yet to follow a switch answer by them."""
+FOLLOW_WITHIN_S: Seconds = 10.0
+"""How long arrivals wait after a switch, so that all services can follow before anything is ready that those
+which have not yet would miss."""
 
 _key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _tables = sa.MetaData()
@@ -373,7 +376,7 @@ class Catalog:
             active = _active(db)
             if model is not None and active is not None and active.fingerprint != model:
                 raise DataMismatch(f"The library was switched to another model, {active.titled()}.")
-            if _exists(db, _models.c.hold_until > time.time()):
+            if _exists(db, _models.c.hold_until > time.time()):  # a switch is near, or was just now
                 return []
             return _leased(db, self._jobs.lease(db, owner, limit, lease_s))
 
@@ -635,6 +638,8 @@ class Reindexing:
         db.execute(sa.delete(_reindexing).where(self._jobs.scope))
         _note_change(db, [row.key for row in failures])
         _activate(db, self.model)
+        hold_until = time.time() + FOLLOW_WITHIN_S
+        db.execute(sa.update(_models).where(self._row).values(hold_until=hold_until))
         _retire_others(db, self.model)
         return {row.id: row.error_detail for row in failures}
 

@@ -140,7 +140,8 @@ class Library:
         return found[:limit], _encode_cursor(found[limit - 1].key) if more else None
 
     def tidy(self) -> None:
-        """Remove what crashes left behind: abandoned arrivals, and bytes that no recording has."""
+        """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models."""
+        self.catalog.forget_retired()
         self.store.discard_abandoned()
         self.catalog.sweep(list(self.store.stored()), self.store.remove)
 

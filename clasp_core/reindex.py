@@ -8,8 +8,9 @@ run goes on from there, and several may run together.
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from clasp_core import ingest
 from clasp_core.catalog import Progress, Reindexing
@@ -26,17 +27,19 @@ HOPEFUL = 20
 """Steps without any recording embedded after which it is the model's trouble, and not the recordings'."""
 
 
+Result = Literal["switched", "nothing to do", "stopped"]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did: how many recordings it embedded, why others failed (by id), and whether it switched.
+    """What a run came to: how many recordings it embedded itself, and why others failed (reasons by id).
 
-    `switched` is False where the library had this model before, or was stopped, and True where another
-    run that shared the work was the one to switch.
+    "switched" also where another run that shared the work was the one to switch; it has the failures then.
     """
 
-    embedded: int
-    failed: dict[str, str]
-    switched: bool
+    result: Result
+    embedded: int = 0
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reindexer:
@@ -75,7 +78,7 @@ class Reindexer:
         queue = self._library.catalog.reindexing(self._library.stored_model)
         if queue.is_done():
             queue.switch()  # tidies up after runs to other models that were given up
-            return Outcome(0, {}, switched=False)
+            return Outcome("nothing to do")
         steps = small_steps = 0
         while not self._stopping.is_set():
             worked = self._step(queue)
@@ -88,11 +91,11 @@ class Reindexer:
                 small_steps += worked < ingest.TOGETHER and progress.left <= ingest.TOGETHER
                 queue.holding = small_steps >= PATIENCE
             elif (failed := queue.switch()) is not None:
-                return Outcome(queue.completed, failed, switched=True)
+                return Outcome("switched", queue.completed, failed)
             elif progress.left:  # it is in the hands of another run: arrivals need not wait for that
                 small_steps, queue.holding = 0, False
                 self._stopping.wait(poll_s)
-        return Outcome(queue.completed, {}, switched=False)
+        return Outcome("stopped", queue.completed)
 
     def _step(self, queue: Reindexing) -> int:
         if self._ingester is None:

@@ -1,6 +1,7 @@
 """Another model while the library is in use: answers by one at a time, nothing lost, whoever is killed."""
 
 import contextlib
+import functools
 import io
 import random
 import shutil
@@ -50,6 +51,12 @@ MAX_DURATION_S = 60.0
 def no_zygote_left() -> Iterator[None]:
     yield
     sandbox.stop()
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_to_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except in the test of it, arrivals do not wait after a switch."""
+    monkeypatch.setattr(catalog_module, "FOLLOW_WITHIN_S", 0.0)
 
 
 @pytest.fixture
@@ -116,6 +123,7 @@ def tone_of(name: str) -> bytes:
     return wav_bytes(100.0 + 37 * int(name.partition("-")[2]), seconds=0.3)
 
 
+@functools.cache
 def vector(content: bytes, model: StoredModel) -> Embeddings:
     """What the model makes of one tone."""
     encoder = SpectralSpeechEncoder(model.dim)
@@ -172,7 +180,7 @@ def test_a_library_has_another_model_after_it(
     ingest_all(old)
     upload(old, tone_of("tone-99"), "waiting")
     outcome = reindex(open_as)
-    assert outcome == Outcome(20, {}, switched=True)
+    assert outcome == Outcome("switched", 20)
 
     new = open_as(NEW)
     check_answers(new, contents)
@@ -193,14 +201,14 @@ def test_a_second_run_finds_nothing_to_do(open_as: Opener) -> None:
     point = open_as(NEW).catalog.last_change()
     library = open_as(NEW, reindex=True)
     again = Reindexer(library, lambda: pytest.fail("loaded"), max_duration_s=MAX_DURATION_S)
-    assert again.run() == Outcome(0, {}, switched=False)
+    assert again.run() == Outcome("nothing to do")
     assert open_as(NEW).catalog.last_change() == point
 
 
 def test_an_empty_library_is_switched_at_once(open_as: Opener) -> None:
     """Whoever prepares a machine may do things in any order."""
     open_as(OLD)
-    assert reindex(open_as) == Outcome(0, {}, switched=True)
+    assert reindex(open_as) == Outcome("switched", 0)
     fill(open_as(NEW), ["tone-1"])
     with pytest.raises(DataMismatch):
         open_as(OLD)
@@ -247,7 +255,7 @@ def test_answers_are_the_old_model_s_until_the_switch(open_as: Opener) -> None:
         check_answers(old, contents)
 
     outcome = reindexer(open_as(NEW, reindex=True), live_on).run(poll_s=0.02)
-    assert outcome.switched
+    assert outcome.result == "switched"
     assert next(numbers) > 103
     check_answers(open_as(NEW), contents)
 
@@ -291,11 +299,12 @@ def test_the_old_model_s_workers_commit_nothing_more(open_as: Opener) -> None:
 
     def switch_meanwhile(_: object) -> None:
         seen.append(reindex(open_as))
+        assert old.catalog.counts() == {"ready": 2, "pending": 1}, "it waits for a worker that gives up first"
         upload(old, contents["tone-4"], "tone-4")
 
     late = Ingester(old, Watched(DIM, switch_meanwhile), max_duration_s=MAX_DURATION_S)
     assert late.step() == 1
-    assert seen == [Outcome(2, {}, switched=True)]
+    assert seen == [Outcome("switched", 2)]
     assert old.catalog.counts() == {"ready": 2, "pending": 2}
     assert old.catalog.get("tone-3").attempts == 0
     with pytest.raises(DataMismatch, match="switched to another model, new"):
@@ -325,10 +334,24 @@ def test_the_end_comes_under_steady_uploads(open_as: Opener) -> None:
         upload(old, contents[name], name)
         worker.step()
 
-    assert reindexer(open_as(NEW, reindex=True), another_arrives).run(poll_s=0.02).switched
+    assert reindexer(open_as(NEW, reindex=True), another_arrives).run(poll_s=0.02).result == "switched"
     new = open_as(NEW)
     ingest_all(new)
     check_answers(new, contents)
+
+
+def test_arrivals_wait_until_all_could_follow(open_as: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two services: one has followed and could embed at once what the other could not find yet."""
+    monkeypatch.setattr(catalog_module, "FOLLOW_WITHIN_S", 0.5)
+    old = open_as(OLD)
+    fill(old, ["tone-1"])
+    upload(old, tone_of("tone-2"), "tone-2")
+    began = time.monotonic()
+    reindex(open_as)
+    new = open_as(NEW)
+    while not new.catalog.lease("worker", limit=1, lease_s=60):
+        time.sleep(0.01)
+    assert time.monotonic() - began >= 0.5
 
 
 def test_arrivals_do_not_wait_for_ever_for_a_run_that_died(open_as: Opener) -> None:
@@ -375,6 +398,7 @@ def test_what_the_new_model_cannot_have_fails_at_the_switch_with_its_reason(open
     assert (failed.status, failed.error_code, failed.segments) == ("failed", "processing_failed", None)
     assert failed.error_detail == outcome.failed["tone-3"]
     check_answers(old, {name: contents[name] for name in contents.keys() - outcome.failed.keys()})
+    assert len(old.refresh()) == 4
     upload(new, contents["tone-3"])
     ingest_all(new)
     check_answers(new, {name: contents[name] for name in contents.keys() - {"tone-5"}})
@@ -416,7 +440,7 @@ def test_a_model_that_can_embed_nothing_is_not_switched_to(
     check_answers(old, contents)
     assert old.catalog.counts() == {"ready": count}
     if count == 2:
-        assert reindex(open_as) == Outcome(2, {}, switched=True)
+        assert reindex(open_as) == Outcome("switched", 2)
         check_answers(open_as(NEW), contents)
 
 
@@ -436,9 +460,9 @@ def test_a_stopped_run_is_gone_on_with(open_as: Opener) -> None:
 
     first = reindexer(open_as(NEW, reindex=True), stop_at_the_second)
     stopped = first.run()
-    assert stopped == Outcome(8, {}, switched=False)
+    assert stopped == Outcome("stopped", 8)
     check_answers(old, contents)
-    assert reindex(open_as) == Outcome(12, {}, switched=True)
+    assert reindex(open_as) == Outcome("switched", 12)
     check_answers(open_as(NEW), contents)
 
 
@@ -454,7 +478,7 @@ def test_runs_side_by_side_share_the_work(open_as: Opener) -> None:
         thread.join()
     assert sum(outcome.embedded for outcome in outcomes) == 30
     assert len(outcomes) == 3
-    assert any(outcome.switched for outcome in outcomes)
+    assert any(outcome.result == "switched" for outcome in outcomes)
     check_answers(open_as(NEW), contents)
 
 
@@ -473,7 +497,7 @@ def test_there_and_back_again(open_as: Opener, tmp_path: Path, monkeypatch: pyte
     del contents["tone-1"]
     check_answers(asleep, {name: contents[name] for name in contents.keys() - {"tone-50"}})
     forget_at_once(new, monkeypatch)
-    assert reindex(open_as, OLD) == Outcome(6, {}, switched=True)
+    assert reindex(open_as, OLD) == Outcome("switched", 6)
     check_answers(asleep, contents)
     shutil.rmtree(tmp_path / "index", ignore_errors=True)
     shutil.copytree(snapshots, tmp_path / "index")
@@ -494,29 +518,26 @@ def test_a_way_that_was_given_up_leaves_nothing(
     )
     assert worker.step() == 2
     assert len(stored(tmp_path)["tone-1"]) == 2
-    assert reindex(open_as, OLD) == Outcome(0, {}, switched=False)
+    assert reindex(open_as, OLD) == Outcome("nothing to do")
     forget_at_once(given_up, monkeypatch)
     assert stored(tmp_path) == {"tone-1": [MODEL], "tone-2": [MODEL]}
-    assert reindex(open_as) == Outcome(2, {}, switched=True)
+    assert reindex(open_as) == Outcome("switched", 2)
 
 
 # --- killed at any moment
 
 
-def reindex_until_killed(data_dir: Path, alive: Connection) -> None:
-    """Says when it begins to embed, and when the library is switched."""
+def reindex_until_killed(data_dir: Path, parent: Connection) -> None:
+    """Asks before each batch that it embeds, and says what it came to."""
     ingest.LEASE_S = 0.6
+    catalog_module.FOLLOW_WITHIN_S = 0.0
     library = Library(data_dir, model=NEW.fingerprint, name=NEW.name, dim=NEW.dim, reindex=True)
-    said: list[bool] = []
 
-    def slowly(_: object) -> None:
-        if not said:
-            said.append(True)
-            alive.send("embedding")
-        time.sleep(0.02)
+    def ask(_: object) -> None:
+        parent.send("batch")
+        parent.recv()
 
-    outcome = reindexer(library, slowly).run(poll_s=0.05)
-    alive.send("switched" if outcome.switched else "nothing to do")
+    parent.send(reindexer(library, ask).run(poll_s=0.05).result)
 
 
 @pytest.mark.timeout(120)
@@ -528,7 +549,7 @@ def test_kill_9_at_any_moment_costs_nothing(
     monkeypatch.setattr(ingest, "LEASE_S", 0.6)
     chance = random.Random(5)
     old = open_as(OLD)
-    contents = fill(old, [f"tone-{number}" for number in range(60)])
+    contents = fill(old, [f"tone-{number}" for number in range(50)])
     numbers = iter(range(100, 1000))
     context = processes()
 
@@ -547,24 +568,26 @@ def test_kill_9_at_any_moment_costs_nothing(
         check_answers(old, {name: contents[name] for name in there})
         assert there == contents.keys() or not old.is_current()
 
-    kills = 0
-    while True:
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=reindex_until_killed, args=(tmp_path, writer))
+    cut_short = 0
+    for life in range(6):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=reindex_until_killed, args=(tmp_path, theirs))
         process.start()
-        writer.close()
-        with contextlib.suppress(EOFError):
-            assert reader.recv() in ("embedding", "switched", "nothing to do")
-        if kills == 6:
-            break
-        time.sleep(chance.uniform(0.0, 0.25))
-        live_on()
-        process.kill()
+        theirs.close()
+        batches = chance.choice([1, 1, 2]) if life < 5 else 1000
+        while ours.recv() == "batch" and batches:
+            if life < 5 or chance.random() < 0.2:
+                live_on()
+            batches -= 1
+            ours.send("go")
+        if life < 5:
+            time.sleep(chance.uniform(0.0, 0.04))
+            process.kill()
         process.join()
-        kills += 1
-    process.join()
+        live_on()
+        cut_short += old.is_current()
     assert process.exitcode == 0
-    assert kills == 6
+    assert cut_short >= 3, "most kills came after the switch"
     assert not old.is_current()
     new = open_as(NEW)
     ingest_all(new)
