@@ -1,7 +1,8 @@
 """Answering questions: the one thread that owns the text encoder.
 
 Questions that arrive while it is busy are encoded and searched together, in one batch. Whoever asks
-awaits; a question whose asker has gone is dropped before it costs anything.
+awaits; a question whose asker has gone is dropped before it costs anything. What it answers with is
+one `Engine`, which can be exchanged between two batches.
 """
 
 import asyncio
@@ -10,24 +11,55 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.telemetry import Metrics
 from clasp_core.errors import NotReady
+from clasp_core.ingest import embed_recording, mean_vector
 from clasp_core.library import Hit, Library, Question
-from clasp_core.models import TextEncoder
+from clasp_core.models import Model, SpeechEncoder
 from clasp_core.types import Seconds
 
 MAX_BATCH = 32
 MAX_WAITING = 1024
+MAX_QUERY_RECORDING_S: Seconds = 60.0
+
+
+class Engine:
+    """A model and the library opened with it. Questions that one encodes are searched for by the same one."""
+
+    def __init__(self, model: Model, library: Library) -> None:
+        """Loads the text encoder and brings the index up to date."""
+        self.model = model
+        self.library = library
+        library.refresh()
+        self.text_encoder = model.text_encoder()
+        self.text_encoder.encode(["warm-up"])
+        self._speech_lock = threading.Lock()
+
+    def embed_recording(self, path: Path) -> NDArray[np.float32]:
+        """A recording as a query: one unit vector (dim,). Raises InvalidAudio."""
+        with self._speech_lock:
+            return mean_vector(embed_recording(self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S))
+
+    @cached_property
+    def _speech(self) -> SpeechEncoder:
+        return self.model.speech_encoder()
+
+
+class EngineChanged(Exception):
+    """A query vector was made by an engine that has been exchanged since: make it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hits, and the seconds that the question's batch took to encode and to search."""
+    """Hits, the model they are by, and the seconds that the question's batch took to encode and to search."""
 
+    model: Model
     hits: list[Hit]
     encode_s: Seconds
     search_s: Seconds
@@ -37,15 +69,16 @@ class Answer:
 class _Waiting:
     query: str | NDArray[np.float32]
     question: Question
+    made_by: Engine | None
     answer: "Future[Answer]" = field(default_factory=Future)
 
 
 class Answerer:
     """`ask` from any task; everything else happens on its own thread."""
 
-    def __init__(self, library: Library, encoder: TextEncoder, metrics: Metrics) -> None:
-        self._library = library
-        self._encoder = encoder
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.engine = engine
+        """What the next batch is answered with. Any thread may put another in its place."""
         self._metrics = metrics
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="answerer", daemon=True)
@@ -58,12 +91,14 @@ class Answerer:
         self._waiting.put(None)
         self._thread.join()
 
-    async def ask(self, query: str | NDArray[np.float32], question: Question) -> Answer:
-        """`query` is a normalised text, or a unit vector (dim,) that is already in the model's space.
+    async def ask(
+        self, query: str | NDArray[np.float32], question: Question, *, made_by: Engine | None = None
+    ) -> Answer:
+        """`query` is a normalised text, or a unit vector (dim,) that was `made_by` an engine.
 
-        Raises NotReady where too many questions wait.
+        Raises NotReady where too many questions wait, and EngineChanged where `made_by` no longer answers.
         """
-        waiting = _Waiting(query, question)
+        waiting = _Waiting(query, question, made_by)
         try:
             self._waiting.put_nowait(waiting)
         except queue.Full:
@@ -89,17 +124,24 @@ class Answerer:
 
     def _answer(self, batch: list[_Waiting]) -> None:
         started = time.perf_counter()
+        engine = self.engine
+        for waiting in batch:
+            if waiting.made_by not in (None, engine):
+                waiting.answer.set_exception(EngineChanged())
+        batch = [waiting for waiting in batch if waiting.made_by in (None, engine)]
+        if not batch:
+            return
         try:
-            vectors = np.empty((len(batch), self._encoder.dim), np.float32)
+            vectors = np.empty((len(batch), engine.model.dim), np.float32)
             texts = {
                 place: waiting.query for place, waiting in enumerate(batch) if isinstance(waiting.query, str)
             }
-            vectors[list(texts)] = self._encoder.encode(list(texts.values()))
+            vectors[list(texts)] = engine.text_encoder.encode(list(texts.values()))
             for vector, waiting in zip(vectors, batch, strict=True):
                 if not isinstance(waiting.query, str):
                     vector[:] = waiting.query
             encoded = time.perf_counter()
-            results = self._library.search(vectors, [waiting.question for waiting in batch])
+            results = engine.library.search(vectors, [waiting.question for waiting in batch])
         except Exception as error:
             for waiting in batch:
                 waiting.answer.set_exception(error)
@@ -109,4 +151,4 @@ class Answerer:
         self._metrics.search_seconds.labels("encode").observe(encode_s)
         self._metrics.search_seconds.labels("search").observe(search_s)
         for waiting, hits in zip(batch, results, strict=True):
-            waiting.answer.set_result(Answer(hits, encode_s, search_s))
+            waiting.answer.set_result(Answer(engine.model, hits, encode_s, search_s))

@@ -152,21 +152,40 @@ def _files(paths: list[Path]) -> Iterator[Path]:
             yield path
 
 
-@cli.command(help="Embed anew, by the model set now, what another model embedded. Stop the service first.")
-def reindex(as_json: AsJson = False) -> None:
-    from app.indexing import embed_waiting
+@cli.command(help="Embed all recordings by another model, then switch to it; a running service goes on.")
+def reindex(
+    model: Annotated[str | None, typer.Option(help="Model name or folder; default CLASP_MODEL.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from app.indexing import reindex_library
     from app.opening import open_configured_library
 
     settings = Settings()
-    model, library = open_configured_library(settings, embed_anew=True)
+    coming, library = open_configured_library(settings, model, reindex=True)
     try:
-        done = embed_waiting(library, model, settings=settings, quiet=as_json)
+        outcome = reindex_library(library, coming, settings=settings, quiet=as_json)
     finally:
         library.close()
+    named = f"{coming.name} ({coming.fingerprint})"
     if as_json:
-        _print_json({"embedded": done})
+        _print_json(
+            {
+                "model": {"name": coming.name, "fingerprint": coming.fingerprint},
+                "result": outcome.result,
+                "embedded": outcome.embedded,
+                "failed": [{"id": key, "reason": reason} for key, reason in outcome.failed.items()],
+            }
+        )
+    elif outcome.result == "nothing to do":
+        sys.stdout.write(f"nothing to do: the library is searched by {named} already\n")
     else:
-        sys.stdout.write(f"{done} recordings embedded\n")
+        for key, reason in outcome.failed.items():
+            sys.stderr.write(f"{key}: {reason}\n")
+        sys.stdout.write(f"{outcome.embedded} embedded, {len(outcome.failed)} failed\n")
+    if outcome.result == "stopped":
+        _fail("stopped before the switch; run it again to go on from here")
+    if outcome.result == "switched" and not as_json:
+        sys.stdout.write(f"switched: the library is searched by {named} from now on\n")
 
 
 @cli.command(help="Find recordings by a question in any language.")

@@ -1,9 +1,10 @@
-"""`clasp index`: files into the library, embedded here and now, with a progress bar.
+"""`clasp index`: files into the library, embedded here and now; and `clasp reindex`: another model for it.
 
-Works beside a running service: both lease from the same catalogue, so whoever is free takes the next.
+Both work beside a running service: all lease from the same catalogue, so whoever is free takes the next.
 """
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.settings import Settings
+from clasp_core.catalog import Progress as Done
 from clasp_core.catalog import Recording
 from clasp_core.errors import RecordingNotFound
 from clasp_core.ingest import Ingester
 from clasp_core.library import Library
 from clasp_core.models import Model
+from clasp_core.reindex import Outcome as ReindexOutcome
+from clasp_core.reindex import Reindexer
 
 _CHUNK_BYTES = 1 << 20
 _STDERR = Console(stderr=True)
@@ -81,17 +85,19 @@ def index_files(
     return outcome
 
 
-def embed_waiting(library: Library, model: Model, *, settings: Settings, quiet: bool) -> int:
-    """Embed everything that waits; how many recordings that were."""
-    ingester = Ingester(library, model.speech_encoder(), max_duration_s=settings.max_duration_s)
-    done = 0
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def reindex_library(library: Library, model: Model, *, settings: Settings, quiet: bool) -> ReindexOutcome:
+    """Embed everything by the model, then switch to it. SIGTERM and SIGINT stop it; a later run goes on."""
+    reindexer = Reindexer(library, model.speech_encoder, max_duration_s=settings.max_duration_s)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: reindexer.stop())
+    columns = (TextColumn("embedding anew"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_STDERR, disable=quiet or not _STDERR.is_terminal) as progress:
-        task = progress.add_task("", total=library.catalog.counts().get("pending", 0))
-        while worked := ingester.step():
-            done += worked
-            progress.update(task, completed=done)
-    return done
+        task = progress.add_task("", total=None)
+
+        def show(done: Done) -> None:
+            progress.update(task, completed=done.total - done.left, total=done.total)
+
+        return reindexer.run(observe=show)
 
 
 def _register(

@@ -1,8 +1,10 @@
 """From settings to an open model and library: the one place where the service and the verbs agree on how."""
 
+from pathlib import Path
+
 from app.settings import Settings
 from clasp_core.library import Library
-from clasp_core.models import Model, open_model, use_threads
+from clasp_core.models import AVAILABLE, Model, open_model, use_threads
 from clasp_core.vectors import store_for
 
 
@@ -12,15 +14,26 @@ def open_configured_model(settings: Settings, name: str | None = None) -> Model:
     return open_model(name or settings.model, models_dir=settings.models_dir, device=settings.device)
 
 
-def open_configured_library(settings: Settings, *, embed_anew: bool = False) -> tuple[Model, Library]:
-    """The library in the data directory, and the model it is searched with. Raises as both do."""
-    model = open_configured_model(settings)
+def open_configured_library(
+    settings: Settings, name: str | None = None, *, reindex: bool = False
+) -> tuple[Model, Library]:
+    """The library in the data directory, opened with the model of the settings (or the one named).
+
+    To search it, or to `reindex` it to that model. Raises as both do.
+    """
+    model = open_configured_model(settings, name)
     library = Library(
         settings.data_dir,
         model=model.fingerprint,
         dim=model.dim,
+        name=_lasting_name(model.name),
         database_url=settings.database_url,
-        embed_anew=embed_anew,
         new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
+        reindex=reindex,
     )
     return model, library
+
+
+def _lasting_name(name: str) -> str:
+    """A model's name as another process, in another working directory, can open it."""
+    return str(Path(name).resolve()) if name not in AVAILABLE and Path(name).is_dir() else name

@@ -1,7 +1,10 @@
 """Every endpoint, thin: what HTTP says is turned into calls of the library, and back."""
 
 import asyncio
+import contextlib
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
@@ -14,12 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from app import schemas, uploads
-from app.answering import Answer
+from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
 from app.schemas import (
     MAX_QUERY_CHARACTERS,
     FilterBody,
-    ModelEcho,
     QueryEcho,
     RecordingBody,
     RecordingPage,
@@ -242,13 +244,21 @@ async def search_by_recording(
 ) -> SearchAnswer:
     started = time.perf_counter()
     async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
-        vector = await run_in_threadpool(service.embed_recording, received.upload.path)
-    encode_s = time.perf_counter() - started
-    question = Question(limit, schemas.filter_of(FilterBody(), _collection(collection)), min_score)
-    answer = await service.answerer.ask(vector, question)
-    answer = Answer(answer.hits, encode_s, answer.search_s)
+        question = Question(limit, schemas.filter_of(FilterBody(), _collection(collection)), min_score)
+        answer = await _answer_to_recording(service, received.upload.path, question, started)
     echo = QueryEcho(text=None, lang=None, normalized=None)
-    return SearchAnswer.of(echo, _model(service), answer, time.perf_counter() - started)
+    return SearchAnswer.of(echo, answer, time.perf_counter() - started)
+
+
+async def _answer_to_recording(service: Service, path: Path, question: Question, started: float) -> Answer:
+    """Embeds it again where the library was switched to another model in the middle."""
+    while True:
+        engine = service.answerer.engine
+        vector = await run_in_threadpool(engine.embed_recording, path)
+        encode_s = time.perf_counter() - started
+        with contextlib.suppress(EngineChanged):
+            answer = await service.answerer.ask(vector, question, made_by=engine)
+            return replace(answer, encode_s=encode_s)
 
 
 async def _answer(service: Service, body: SearchBody) -> SearchAnswer:
@@ -258,7 +268,7 @@ async def _answer(service: Service, body: SearchBody) -> SearchAnswer:
     question = Question(body.limit, schemas.filter_of(narrowed, _collection(body.collection)), body.min_score)
     answer = await service.answerer.ask(normalized, question)
     echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
-    return SearchAnswer.of(echo, _model(service), answer, time.perf_counter() - started)
+    return SearchAnswer.of(echo, answer, time.perf_counter() - started)
 
 
 def _normalized(body: SearchBody) -> tuple[str | None, str]:
@@ -271,10 +281,6 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
 
 def _collection(name: str | None) -> str | None:
     return None if name is None else check_name("collection", name)
-
-
-def _model(service: Service) -> ModelEcho:
-    return ModelEcho(name=service.model.name, fingerprint=service.model.fingerprint)
 
 
 # --- operation

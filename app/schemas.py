@@ -167,7 +167,7 @@ class SearchAnswer(BaseModel):
     hits: list[HitBody]
 
     @classmethod
-    def of(cls, query: QueryEcho, model: ModelEcho, answer: Answer, total_s: float) -> "SearchAnswer":
+    def of(cls, query: QueryEcho, answer: Answer, total_s: float) -> "SearchAnswer":
         hits = [
             HitBody(
                 rank=hit.rank,
@@ -188,7 +188,7 @@ class SearchAnswer(BaseModel):
         took = {"encode": answer.encode_s, "search": answer.search_s, "total": total_s}
         return cls(
             query=query,
-            model=model,
+            model=ModelEcho(name=answer.model.name, fingerprint=answer.model.fingerprint),
             took_ms=Took(**{stage: round(1000 * seconds, 3) for stage, seconds in took.items()}),
             hits=hits,
         )

@@ -107,7 +107,14 @@ class Metrics:
         self.queue_age = Gauge(
             "clasp_queue_age_seconds", "Age of the oldest pending recording.", registry=self.registry
         )
+        self.model = Gauge(
+            "clasp_model", "1 for the model that answers.", ["name", "fingerprint"], registry=self.registry
+        )
         self.index_vectors = Gauge("clasp_index_vectors", "Vectors in the index.", registry=self.registry)
+
+    def observe_model(self, name: str, fingerprint: str) -> None:
+        self.model.clear()
+        self.model.labels(name, fingerprint).set(1)
 
     def observe_ingest(self, timings: Timings) -> None:
         for stage in ("decode", "embed", "commit"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from uuid import uuid4
 
@@ -19,7 +20,10 @@ from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from clasp_core.catalog import Catalog
+from clasp_core.errors import DataMismatch
 from clasp_core.ingest import Ingester, Timings, warm_up
+from clasp_core.library import Library
+from clasp_core.models import Model
 from clasp_core.types import Seconds
 
 _log = structlog.get_logger()
@@ -30,28 +34,55 @@ LONGEST_PAUSE_S: Seconds = 30.0
 
 
 def work(settings: Settings, *, owner: str | None = None, supervised: bool = False) -> None:
-    """Be an ingest worker until stopped: by SIGTERM or SIGINT, or when the supervisor is gone."""
+    """Be an ingest worker until stopped: by SIGTERM or SIGINT, or when the supervisor is gone.
+
+    Where the library is switched to another model, one that nobody supervises goes on with that; the
+    others are at rest until they are stopped, and the service starts new ones when it has followed.
+    """
     import signal
 
     model, library = open_configured_library(settings)
+    ingester = _ingester(settings, model, library, owner, supervised)
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        ingester.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    if supervised:
+        threading.Thread(target=_stop_with_parent, args=[stop], daemon=True).start()
+        sys.stdout.buffer.write(READY_LINE)
+        sys.stdout.buffer.flush()
+    _log.info("worker ready", owner=ingester.owner)
+    while not stopping.is_set():
+        try:
+            ingester.run()
+        except DataMismatch as switched:
+            _log.info("worker's model was retired", reason=switched.detail)
+            if supervised:
+                stopping.wait()
+                break
+            active = library.catalog.active()
+            library.close()
+            model, library = open_configured_library(settings, active.name if active else None)
+            ingester = _ingester(settings, model, library, None, supervised)
+    library.close()
+
+
+def _ingester(
+    settings: Settings, model: Model, library: Library, owner: str | None, supervised: bool
+) -> Ingester:
     encoder = model.speech_encoder()
     warm_up(encoder)
-    ingester = Ingester(
+    return Ingester(
         library,
         encoder,
         max_duration_s=settings.max_duration_s,
         owner=owner,
         observe=_report if supervised else lambda timings: None,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ingester.stop())
-    if supervised:
-        threading.Thread(target=_stop_with_parent, args=[ingester], daemon=True).start()
-        sys.stdout.buffer.write(READY_LINE)
-        sys.stdout.buffer.flush()
-    _log.info("worker ready", owner=ingester.owner)
-    ingester.run()
-    library.close()
 
 
 def _report(timings: Timings) -> None:
@@ -59,11 +90,11 @@ def _report(timings: Timings) -> None:
     sys.stdout.buffer.flush()
 
 
-def _stop_with_parent(ingester: Ingester) -> None:
+def _stop_with_parent(stop: Callable[[], None]) -> None:
     """Standard input reaches its end when the parent process is gone, however it went."""
     while os.read(sys.stdin.fileno(), 1024):  # a buffered read would hold a lock that the exit needs
         pass
-    ingester.stop()
+    stop()
     time.sleep(STOP_WITHIN_S)
     os._exit(1)
 

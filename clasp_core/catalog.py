@@ -3,6 +3,9 @@
 A recording's status is also its job: `pending` until a worker leases it, `processing` while the lease
 lasts, then `ready` or `failed`. Every transition is one transaction. Whoever keeps a replica (the
 vector index) follows `changes`: each row says "this recording is not what it was", in commit order.
+
+Every vector is stored under the fingerprint of its model, and one model is the active one: what is
+`ready` is so by its vectors. `Reindexing` is how a library comes to have another.
 """
 
 import secrets
@@ -31,6 +34,11 @@ Status = Literal["pending", "processing", "ready", "failed"]
 
 MAX_ATTEMPTS = 5
 """A recording that was being processed when its worker died this many times is not tried again."""
+RETIRED_KEPT_S: Seconds = 600.0
+"""How long a model's vectors outlive their use: services that have yet to follow a switch answer by them."""
+FOLLOW_WITHIN_S: Seconds = 10.0
+"""How long arrivals wait after a switch, so that all services can follow before anything is ready that those
+which have not yet would miss."""
 
 _key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _tables = sa.MetaData()
@@ -60,6 +68,7 @@ _segments = sa.Table(
     "segments",
     _tables,
     sa.Column("recording", _key, primary_key=True),
+    sa.Column("model", sa.Text, primary_key=True),
     sa.Column("ordinal", sa.Integer, primary_key=True),
     sa.Column("start_s", sa.Float),
     sa.Column("end_s", sa.Float),
@@ -71,6 +80,31 @@ _changes = sa.Table(
     sa.Column("seq", _key, primary_key=True),
     sa.Column("recording", _key),
     sa.Column("token", sa.Text),
+    sa.Column("model", sa.Text),
+)
+_models = sa.Table(
+    "models",
+    _tables,
+    sa.Column("fingerprint", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text),
+    sa.Column("dim", sa.Integer),
+    sa.Column("state", sa.Text),
+    sa.Column("hold_until", sa.Float),
+    sa.Column("kept_until", sa.Float),
+)
+_reindexing = sa.Table(
+    "reindexing",
+    _tables,
+    sa.Column("recording", _key, primary_key=True),
+    sa.Column("model", sa.Text, primary_key=True),
+    sa.Column("status", sa.Text),
+    sa.Column("duration_s", sa.Float),
+    sa.Column("segments", sa.Integer),
+    sa.Column("error_code", sa.Text),
+    sa.Column("error_detail", sa.Text),
+    sa.Column("attempts", sa.Integer),
+    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_until", sa.Float),
 )
 
 
@@ -98,6 +132,19 @@ class Recording:
     error_code: str | None
     error_detail: str | None
     attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model that vectors are stored by. `name` is what `open_model` knows it as, or "" if nobody said."""
+
+    fingerprint: str
+    name: str
+    dim: int
+
+    def titled(self) -> str:
+        """For people."""
+        return f"{self.name} ({self.fingerprint})" if self.name else self.fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +214,7 @@ class Catalog:
     def __init__(self, url: str) -> None:
         """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it."""
         self._engine = _create_engine(url)
+        self._jobs = _Jobs(_recordings, _recordings.c.key, sa.true())
         with self._write() as db:
             _migrate(db)
 
@@ -239,6 +287,7 @@ class Catalog:
             if found is None:
                 raise RecordingNotFound(f"There is no recording {recording_id!r}.")
             db.execute(sa.delete(_segments).where(_segments.c.recording == found.key))
+            db.execute(sa.delete(_reindexing).where(_reindexing.c.recording == found.key))
             db.execute(sa.delete(_recordings).where(_recordings.c.key == found.key))
             _note_change(db, [found.key])
         return found
@@ -264,128 +313,108 @@ class Catalog:
             waiting: datetime | None = db.execute(query).scalar_one()
         return waiting
 
-    def other_models(self, fingerprint: str) -> list[str]:
-        """Fingerprints, other than this one, of models that stored vectors are by."""
-        query = sa.select(_recordings.c.model).distinct().where(_recordings.c.model != fingerprint)
-        with self._read() as db:
-            return sorted(db.execute(query).scalars())
+    # --- models
 
-    def embed_anew(self, fingerprint: str) -> int:
-        """Drop the vectors that are by any other model; their recordings wait to be embedded again."""
-        others = _recordings.c.model != fingerprint
+    def active(self) -> StoredModel | None:
+        """The model that this library is searched with; None before it was first opened with one."""
+        with self._read() as db:
+            return _active(db)
+
+    def adopt(self, model: StoredModel) -> StoredModel:
+        """Make this the active model where nothing is ready by another; returns which is active now."""
+        with self._read() as db:
+            if _active(db) == model:
+                return model
         with self._write() as db:
-            keys = db.execute(sa.select(_recordings.c.key).where(others)).scalars().all()
-            db.execute(
-                sa.delete(_segments).where(
-                    _segments.c.recording.in_(sa.select(_recordings.c.key).where(others))
-                )
-            )
-            db.execute(
-                sa.update(_recordings)
-                .where(others)
-                .values(status="pending", model=None, segments=None, attempts=0, lease_owner=None)
-            )
-            _note_change(db, keys)
-        return len(keys)
+            active = _active(db)
+            if active is not None and active.fingerprint == model.fingerprint:
+                model = model if model.name else active
+            elif active is not None and _exists(db, _recordings.c.status == "ready"):
+                return active
+            _activate(db, model)
+            return model
+
+    def reindexing(self, model: StoredModel) -> "Reindexing":
+        """The way of this library to that model."""
+        return Reindexing(self, model)
+
+    def keep(self, fingerprint: str) -> None:
+        """Say that somebody still answers by a model that may have been retired."""
+        retired = (_models.c.fingerprint == fingerprint) & (_models.c.state == "retired")
+        with self._write() as db:
+            db.execute(sa.update(_models).where(retired).values(kept_until=time.time() + RETIRED_KEPT_S))
+
+    def forget_retired(self) -> None:
+        """Drop the vectors of models that were retired and that nobody said to use for RETIRED_KEPT_S."""
+        unused = (_models.c.state == "retired") & (_models.c.kept_until < time.time())
+        with self._read() as db:
+            forgotten = db.execute(sa.select(_models.c.fingerprint).where(unused)).scalars().all()
+            last = db.execute(sa.select(sa.func.max(_recordings.c.key))).scalar_one() if forgotten else None
+        for fingerprint in forgotten:
+            still = (_models.c.fingerprint == fingerprint) & unused
+            for first in range(0, (last or 0) + 1, _AT_ONCE):
+                with self._write() as db:
+                    if not _exists(db, still):  # somebody has begun to go back to it
+                        return
+                    for table in (_segments, _reindexing):
+                        here = table.c.recording.between(first, first + _AT_ONCE - 1)
+                        db.execute(sa.delete(table).where(here & (table.c.model == fingerprint)))
+            with self._write() as db:
+                db.execute(sa.delete(_models).where(still))
 
     # --- jobs
 
-    def lease(self, owner: str, *, limit: int, lease_s: Seconds) -> list[Recording]:
+    def lease(self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None) -> list[Recording]:
         """Take up to `limit` recordings to process; `processing` and ours until the lease runs out.
 
         A recording whose worker died is leased alone, and after those that no worker died of: one that
         kills its worker takes no others with it, and a worker that is killed again and again does not
         spend all attempts of one recording; after MAX_ATTEMPTS such deaths it fails with `processing_failed`.
+        Raises DataMismatch where `model`, the one whose vectors are to be made, is not the active one.
         """
-        now = time.time()
-        expired = (_recordings.c.status == "processing") & (_recordings.c.lease_until < now)
-        free = (_recordings.c.status == "pending") | expired
         with self._write() as db:
-            given_up = _recordings.c.attempts >= MAX_ATTEMPTS
-            db.execute(
-                sa.update(_recordings)
-                .where(expired & given_up)
-                .values(
-                    status="failed",
-                    error_code=ProcessingFailed.code,
-                    error_detail=f"Processing was cut short {MAX_ATTEMPTS} times; upload it again to retry.",
-                    lease_owner=None,
-                    lease_until=None,
-                )
-            )
-            query = sa.select(_recordings.c.key, _recordings.c.attempts).where(free)
-            candidates = db.execute(
-                query.order_by(_recordings.c.attempts, _recordings.c.key).limit(limit)
-            ).all()
-            taken = _without_suspects(candidates)
-            chosen = _recordings.c.key.in_(taken)
-            db.execute(
-                sa.update(_recordings)
-                .where(chosen)
-                .values(
-                    status="processing",
-                    lease_owner=owner,
-                    lease_until=now + lease_s,
-                    attempts=_recordings.c.attempts + 1,
-                )
-            )
-            rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(chosen).order_by(_recordings.c.key))
-            return [_recording(row) for row in rows]
+            active = _active(db)
+            if model is not None and active is not None and active.fingerprint != model:
+                raise DataMismatch(f"The library was switched to another model, {active.titled()}.")
+            if _exists(db, _models.c.hold_until > time.time()):  # a switch is near, or was just now
+                return []
+            return _leased(db, self._jobs.lease(db, owner, limit, lease_s))
 
     def extend_leases(self, owner: str, lease_s: Seconds) -> None:
         """Say that `owner` is alive and still at work on everything it leased."""
         with self._write() as db:
-            db.execute(
-                sa.update(_recordings)
-                .where((_recordings.c.lease_owner == owner) & (_recordings.c.status == "processing"))
-                .values(lease_until=time.time() + lease_s)
-            )
+            self._jobs.extend(db, owner, lease_s)
 
     def release(self, owner: str, *, died: bool = False) -> None:
         """Give back what `owner` has leased; without counting an attempt, unless it `died` at work."""
-        attempts = _recordings.c.attempts - (0 if died else 1)
         with self._write() as db:
-            db.execute(
-                sa.update(_recordings)
-                .where((_recordings.c.lease_owner == owner) & (_recordings.c.status == "processing"))
-                .values(
-                    # an expired lease rather than `pending`: `lease` then applies the limit of attempts
-                    lease_until=0.0 if died else None,
-                    status="processing" if died else "pending",
-                    lease_owner=None,
-                    attempts=attempts,
-                )
-            )
+            self._jobs.release(db, owner, died)
 
     def complete(
         self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
     ) -> bool:
-        """Store a recording's segments and make it ready, unless the lease was lost or it was deleted."""
+        """Store a recording's segments and make it ready, unless the lease was lost or it was deleted.
+
+        Where `model` is not the active one the recording goes back to waiting, for a worker that has that.
+        """
         with self._write() as db:
-            if not self._finish(
+            active = _active(db)
+            if active is None or active.fingerprint != model:
+                attempts = _recordings.c.attempts - 1
+                self._jobs.finish(db, key, owner, status="pending", attempts=attempts)
+                return False
+            if not self._jobs.finish(
                 db, key, owner, status="ready", duration_s=duration_s, model=model, segments=len(segments)
             ):
                 return False
-            db.execute(sa.delete(_segments).where(_segments.c.recording == key))
-            if segments:
-                rows = [
-                    {
-                        "recording": key,
-                        "ordinal": ordinal,
-                        "start_s": segment.start_s,
-                        "end_s": segment.end_s,
-                        "vector": segment.vector.astype("<f4").tobytes(),
-                    }
-                    for ordinal, segment in enumerate(segments)
-                ]
-                db.execute(sa.insert(_segments), rows)
+            _store(db, key, model, segments)
             _note_change(db, [key])
             return True
 
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool:
         """Record why a recording cannot be indexed, unless the lease was lost or it was deleted."""
         with self._write() as db:
-            return self._finish(db, key, owner, status="failed", error_code=code, error_detail=detail)
+            return self._jobs.finish(db, key, owner, status="failed", error_code=code, error_detail=detail)
 
     # --- what a replica follows
 
@@ -406,34 +435,41 @@ class Catalog:
     def changes(self, after: int, *, limit: int, model: str, dim: int) -> Changes | None:
         """The next `limit` changes after number `after`; None if there are none.
 
-        With them come the vectors of those recordings as they are now, where they are by `model`.
+        With them come the vectors of those recordings as they are now, where they are by `model`. A
+        change that a later one makes needless is left out, and so is one of another model's vectors.
         """
+        later = _changes.alias()
+        ours = [table.c.model.is_(None) | (table.c.model == model) for table in (_changes, later)]
+        again = (later.c.recording == _changes.c.recording) & (later.c.seq > _changes.c.seq) & ours[1]
+        query = sa.select(_changes).where((_changes.c.seq > after) & ours[0] & ~sa.exists().where(again))
+        newest = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq.desc()).limit(1)
         with self._read() as db:
-            query = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq).limit(limit)
-            rows = db.execute(query).all()
-            if not rows:
+            rows = db.execute(query.order_by(_changes.c.seq).limit(limit)).all()
+            end = rows[-1] if len(rows) == limit else db.execute(newest).one_or_none()
+            if end is None:
                 return None
             keys = frozenset(row.recording for row in rows)
-            ready = (_recordings.c.status == "ready") & (_recordings.c.model == model)
-            ours = sa.select(_recordings.c.key).where(ready)
-            wanted = _segments.c.recording.in_(keys) & _segments.c.recording.in_(ours)
+            ready = sa.select(_recordings.c.key).where(_recordings.c.status == "ready")
+            wanted = (_segments.c.model == model) & _segments.c.recording.in_(keys)
             columns = (_segments.c.recording, _segments.c.ordinal, _segments.c.vector)
-            found = db.execute(sa.select(*columns).where(wanted)).all()
+            found = db.execute(sa.select(*columns).where(wanted & _segments.c.recording.in_(ready))).all()
         return Changes(
-            seq=rows[-1].seq,
-            token=rows[-1].token,
+            seq=end.seq,
+            token=end.token,
             recordings=keys,
             owners=np.array([row.recording for row in found], np.int64),
             ordinals=np.array([row.ordinal for row in found], np.int64),
             vectors=np.frombuffer(b"".join(row.vector for row in found), "<f4").reshape(-1, dim),
         )
 
-    def spans(self, segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Seconds, Seconds]]:
-        """(start, end) seconds of segments named by (recording key, ordinal)."""
-        wanted = sa.tuple_(_segments.c.recording, _segments.c.ordinal).in_(segments)
+    def spans(
+        self, segments: Sequence[tuple[int, int]], *, model: str
+    ) -> dict[tuple[int, int], tuple[Seconds, Seconds]]:
+        """(start, end) seconds of a model's segments, each named by (recording key, ordinal)."""
+        named = sa.tuple_(_segments.c.recording, _segments.c.ordinal).in_(segments)
         query = sa.select(_segments.c.recording, _segments.c.ordinal, _segments.c.start_s, _segments.c.end_s)
         with self._read() as db:
-            rows = db.execute(query.where(wanted))
+            rows = db.execute(query.where(named & (_segments.c.model == model)))
             return {(row.recording, row.ordinal): (row.start_s, row.end_s) for row in rows}
 
     def matching(self, wanted: "Filter") -> NDArray[np.int64]:
@@ -472,25 +508,319 @@ class Catalog:
     def _set(self, db: sa.Connection, key: int, **values: object) -> None:
         db.execute(sa.update(_recordings).where(_recordings.c.key == key).values(**values))
 
-    def _finish(self, db: sa.Connection, key: int, owner: str, **values: object) -> bool:
-        mine = (_recordings.c.key == key) & (_recordings.c.lease_owner == owner)
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a re-index has come: of `total` ready recordings, the model has `embedded` some, and `left`
+    are still to be tried."""
+
+    embedded: int
+    left: int
+    total: int
+
+
+class Reindexing:
+    """The ready recordings as a queue of work for a model that is to become the active one, and the switch.
+
+    While it goes on the active model's vectors answer, and recordings come and go. What is embedded
+    stays embedded whoever is killed; any number of processes may share the work, in the manner of
+    `Catalog`'s own leases, of which `Ingester` therefore need not know which it holds. The work of each
+    recording that failed is kept, with its reason, until the switch makes the recording itself so.
+    """
+
+    def __init__(self, catalog: Catalog, model: StoredModel) -> None:
+        self.model = model
+        self.completed = 0
+        """Recordings embedded through this object."""
+        self.holding = False
+        """Whether arrivals wait while this object leases: under steady uploads there is no other end."""
+        self._catalog = catalog
+        self._jobs = _Jobs(_reindexing, _reindexing.c.recording, _reindexing.c.model == model.fingerprint)
+
+    def lease(self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None) -> list[Recording]:
+        """As `Catalog.lease`: up to `limit` ready recordings that the model has no vectors of."""
+        assert model in (None, self.model.fingerprint)
+        with self._catalog._write() as db:
+            if self._is_active(db):
+                return []
+            self._announce(db)
+            self._hold(db, lease_s)
+            keys = self._jobs.lease(db, owner, limit, lease_s)
+            if not keys and self._enqueue(db):
+                keys = self._jobs.lease(db, owner, limit, lease_s)
+            return _leased(db, keys)
+
+    def extend_leases(self, owner: str, lease_s: Seconds) -> None:
+        with self._catalog._write() as db:
+            self._jobs.extend(db, owner, lease_s)
+            self._hold(db, lease_s)
+
+    def release(self, owner: str, *, died: bool = False) -> None:
+        with self._catalog._write() as db:
+            self._jobs.release(db, owner, died)
+
+    def complete(
+        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+    ) -> bool:
+        """Store a recording's segments by this model; searches see them from the switch on."""
+        assert model == self.model.fingerprint
+        with self._catalog._write() as db:
+            if not self._jobs.finish(
+                db, key, owner, status="ready", duration_s=duration_s, segments=len(segments)
+            ):
+                return False
+            _store(db, key, model, segments)
+            _note_change(db, [key], model)
+        self.completed += 1
+        return True
+
+    def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool:
+        """Record why this model cannot have the recording; it goes on being found until the switch."""
+        with self._catalog._write() as db:
+            return self._jobs.finish(db, key, owner, status="failed", error_code=code, error_detail=detail)
+
+    def progress(self) -> Progress:
+        ready = _recordings.c.status == "ready"
+        with self._catalog._read() as db:
+            embedded, left, total = (
+                db.execute(sa.select(sa.func.count()).where(which)).scalar_one()
+                for which in (ready & self._has("ready"), ready & ~self._tried, ready)
+            )
+        return Progress(embedded, left, total)
+
+    def is_done(self) -> bool:
+        """Whether the model is the active one already."""
+        with self._catalog._read() as db:
+            return self._is_active(db)
+
+    def switch(self) -> dict[str, str] | None:
+        """Make the model the active one, unless a ready recording is yet to be tried by it: then None.
+
+        In one transaction each recording becomes what this model made of it: `ready`, or `failed` with
+        the reason; what the model before could not have, for reasons of ours, waits to be tried anew, and
+        so does what is being embedded by it at this moment. Returns (id: reason) of those that failed.
+        Raises ProcessingFailed where all of them did, for reasons of ours; the next run tries them anew.
+        """
+        with self._catalog._write() as db:
+            if self._is_active(db):
+                _retire_others(db, self.model)
+                return {}
+            if _exists(db, (_recordings.c.status == "ready") & ~self._tried):
+                return None
+            if not self._is_hopeless(db):
+                return self._switch(db)
+            db.execute(sa.delete(_reindexing).where(self._jobs.scope))
+        raise ProcessingFailed(
+            f"No recording could be embedded by {self.model.titled()}: the log says why. The library"
+            " stays with the model that it has."
+        )
+
+    def _is_hopeless(self, db: sa.Connection) -> bool:
+        """That no recording succeeded, and some failed for reasons of ours: they are the model's then."""
+        failed = self._jobs.scope & (_reindexing.c.error_code == ProcessingFailed.code)
+        return _exists(db, failed) and not _exists(db, self._jobs.scope & (_reindexing.c.status == "ready"))
+
+    def _switch(self, db: sa.Connection) -> dict[str, str]:
+        ready, update = _recordings.c.status == "ready", sa.update(_recordings)
+        job = (_reindexing.c.recording == _recordings.c.key) & self._jobs.scope
+        ours = _recordings.c.error_code == ProcessingFailed.code
+        afresh = {"status": "pending", "attempts": 0, "error_code": None, "error_detail": None}
+        db.execute(update.where((_recordings.c.status == "failed") & ours).values(afresh))
+        at_work = (_recordings.c.status == "processing") & _recordings.c.lease_owner.is_not(None)
+        back = {"status": "pending", "attempts": _recordings.c.attempts - 1, "lease_owner": None}
+        db.execute(update.where(at_work).values(back))
+
+        query = sa.select(_recordings.c.key, _recordings.c.id, _reindexing.c.error_detail)
+        failures = db.execute(query.where(ready & job & (_reindexing.c.status == "failed"))).all()
+        taken = ("status", "duration_s", "segments", "error_code", "error_detail")
+        made = {name: _reindexing.c[name] for name in taken} | {"model": self.model.fingerprint}
+        db.execute(update.where(ready & job).values(made))
+        db.execute(sa.delete(_reindexing).where(self._jobs.scope))
+        _note_change(db, [row.key for row in failures])
+        _activate(db, self.model)
+        hold_until = time.time() + FOLLOW_WITHIN_S
+        db.execute(sa.update(_models).where(self._row).values(hold_until=hold_until))
+        _retire_others(db, self.model)
+        return {row.id: row.error_detail for row in failures}
+
+    @property
+    def _row(self) -> sa.ColumnElement[bool]:
+        return _models.c.fingerprint == self.model.fingerprint
+
+    @property
+    def _tried(self) -> sa.ColumnElement[bool]:
+        """That the model has vectors of a recording, or a reason why not."""
+        return self._has("ready", "failed")
+
+    def _has(self, *statuses: str) -> sa.ColumnElement[bool]:
+        job = (_reindexing.c.recording == _recordings.c.key) & self._jobs.scope
+        return sa.exists().where(job & _reindexing.c.status.in_(statuses))
+
+    def _is_active(self, db: sa.Connection) -> bool:
+        active = _active(db)
+        return active is not None and active.fingerprint == self.model.fingerprint
+
+    def _announce(self, db: sa.Connection) -> None:
+        if not _exists(db, self._row & (_models.c.state == "coming")):
+            _put(db, self.model, state="coming")
+
+    def _hold(self, db: sa.Connection, hold_s: Seconds) -> None:
+        if self.holding:
+            coming = self._row & (_models.c.state == "coming")
+            db.execute(sa.update(_models).where(coming).values(hold_until=time.time() + hold_s))
+
+    def _enqueue(self, db: sa.Connection) -> bool:
+        """Make jobs of ready recordings that have none; those that arrived since the last time, mostly."""
+        job = (_reindexing.c.recording == _recordings.c.key) & self._jobs.scope
+        model, pending, none = sa.literal(self.model.fingerprint), sa.literal("pending"), sa.literal(0)
+        query = sa.select(_recordings.c.key, model, pending, none).where(_recordings.c.status == "ready")
+        query = query.where(~sa.exists().where(job)).order_by(_recordings.c.key).limit(10 * _AT_ONCE)
+        columns = ["recording", "model", "status", "attempts"]
+        return db.execute(sa.insert(_reindexing).from_select(columns, query)).rowcount > 0
+
+
+class _Jobs:
+    """Leases on rows of one table. Each function runs inside a writing transaction of the catalogue."""
+
+    def __init__(self, table: sa.Table, key: "sa.Column[int]", scope: sa.ColumnElement[bool]) -> None:
+        self.scope = scope
+        self._table = table
+        self._key = key
+
+    def lease(self, db: sa.Connection, owner: str, limit: int, lease_s: Seconds) -> list[int]:
+        """Keys of what is `owner`'s from now on."""
+        now, job = time.time(), self._table.c
+        expired = (job.status == "processing") & (job.lease_until < now)
+        db.execute(
+            sa.update(self._table)
+            .where(self.scope & expired & (job.attempts >= MAX_ATTEMPTS))
+            .values(
+                status="failed",
+                error_code=ProcessingFailed.code,
+                error_detail=f"Processing was cut short {MAX_ATTEMPTS} times; upload it again to retry.",
+                lease_owner=None,
+                lease_until=None,
+            )
+        )
+        free = (job.status == "pending") | expired
+        query = sa.select(self._key.label("key"), job.attempts).where(self.scope & free)
+        taken = _without_suspects(db.execute(query.order_by(job.attempts, self._key).limit(limit)).all())
+        db.execute(
+            sa.update(self._table)
+            .where(self.scope & self._key.in_(taken))
+            .values(
+                status="processing",
+                lease_owner=owner,
+                lease_until=now + lease_s,
+                attempts=job.attempts + 1,
+            )
+        )
+        return taken
+
+    def extend(self, db: sa.Connection, owner: str, lease_s: Seconds) -> None:
+        db.execute(sa.update(self._table).where(self._held(owner)).values(lease_until=time.time() + lease_s))
+
+    def release(self, db: sa.Connection, owner: str, died: bool) -> None:
+        db.execute(
+            sa.update(self._table)
+            .where(self._held(owner))
+            .values(
+                # an expired lease rather than `pending`: `lease` then applies the limit of attempts
+                lease_until=0.0 if died else None,
+                status="processing" if died else "pending",
+                lease_owner=None,
+                attempts=self._table.c.attempts - (0 if died else 1),
+            )
+        )
+
+    def finish(self, db: sa.Connection, key: int, owner: str, **values: object) -> bool:
+        """Whether `owner` held it; if so it is what `values` say."""
         done = db.execute(
-            sa.update(_recordings)
-            .where(mine & (_recordings.c.status == "processing"))
+            sa.update(self._table)
+            .where(self._held(owner) & (self._key == key))
             .values(**values, lease_owner=None, lease_until=None)
         )
         return done.rowcount == 1
 
+    def _held(self, owner: str) -> sa.ColumnElement[bool]:
+        job = self._table.c
+        return self.scope & (job.lease_owner == owner) & (job.status == "processing")
+
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Few enough at a time for one statement's parameters, and for the write lock not to be felt."""
-    return (values[start : start + 1000] for start in range(0, len(values), 1000))
+    return (values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE))
 
 
-def _note_change(db: sa.Connection, keys: Sequence[int]) -> None:
-    """Append to the change sequence, in the transaction that makes the change."""
+_AT_ONCE = 1000
+
+
+def _note_change(db: sa.Connection, keys: Sequence[int], model: str | None = None) -> None:
+    """Append to the change sequence, in the transaction that makes the change.
+
+    `model` is the one that alone is concerned, if it is one: replicas of others have nothing to do.
+    """
     if keys:
-        db.execute(sa.insert(_changes), [{"recording": key, "token": secrets.token_hex(8)} for key in keys])
+        rows = [{"recording": key, "token": secrets.token_hex(8), "model": model} for key in keys]
+        db.execute(sa.insert(_changes), rows)
+
+
+def _store(db: sa.Connection, key: int, model: str, segments: Sequence[EmbeddedSegment]) -> None:
+    """Make these the vectors that `model` has of a recording."""
+    old = (_segments.c.recording == key) & (_segments.c.model == model)
+    db.execute(sa.delete(_segments).where(old))
+    if segments:
+        rows = [
+            {
+                "recording": key,
+                "model": model,
+                "ordinal": ordinal,
+                "start_s": segment.start_s,
+                "end_s": segment.end_s,
+                "vector": segment.vector.astype("<f4").tobytes(),
+            }
+            for ordinal, segment in enumerate(segments)
+        ]
+        db.execute(sa.insert(_segments), rows)
+
+
+def _active(db: sa.Connection) -> StoredModel | None:
+    columns = (_models.c.fingerprint, _models.c.name, _models.c.dim)
+    row = db.execute(sa.select(*columns).where(_models.c.state == "active")).one_or_none()
+    return None if row is None else StoredModel(*row)
+
+
+def _activate(db: sa.Connection, model: StoredModel) -> None:
+    others = (_models.c.state == "active") & (_models.c.fingerprint != model.fingerprint)
+    retired = {"state": "retired", "kept_until": time.time() + RETIRED_KEPT_S}
+    db.execute(sa.update(_models).where(others).values(retired))
+    _put(db, model, state="active")
+
+
+def _put(db: sa.Connection, model: StoredModel, state: str) -> None:
+    db.execute(sa.delete(_models).where(_models.c.fingerprint == model.fingerprint))
+    row = {"fingerprint": model.fingerprint, "name": model.name, "dim": model.dim, "state": state}
+    db.execute(sa.insert(_models).values(row))
+
+
+def _retire_others(db: sa.Connection, model: StoredModel) -> None:
+    """Give up the re-indexes to other models at which nobody is at work. One that goes on says so again."""
+    now = time.time()
+    alive = sa.select(_reindexing.c.model).where(_reindexing.c.lease_until > now)
+    left = (_models.c.state == "coming") & (_models.c.fingerprint != model.fingerprint)
+    retired = {"state": "retired", "kept_until": now + RETIRED_KEPT_S, "hold_until": None}
+    db.execute(sa.update(_models).where(left & _models.c.fingerprint.not_in(alive)).values(retired))
+
+
+def _exists(db: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:
+    """Whether there is such a row, in the table that the condition is about."""
+    return bool(db.execute(sa.select(sa.exists().where(condition))).scalar_one())
+
+
+def _leased(db: sa.Connection, keys: Sequence[int]) -> list[Recording]:
+    chosen = _recordings.c.key.in_(keys)
+    rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(chosen).order_by(_recordings.c.key))
+    return [_recording(row) for row in rows]
 
 
 def _member(name: str, value: str | float | bool, dialect: str) -> sa.ColumnElement[bool]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -55,8 +55,25 @@ class _Job:
     error: ClaspError | None = None
 
 
+class Queue(Protocol):
+    """Where an `Ingester` gets recordings and leaves what it made of them: see `Catalog`."""
+
+    def lease(
+        self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None
+    ) -> list[Recording]: ...
+    def extend_leases(self, owner: str, lease_s: Seconds) -> None: ...
+    def release(self, owner: str, *, died: bool = False) -> None: ...
+    def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool: ...
+    def complete(
+        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+    ) -> bool: ...
+
+
 class Ingester:
-    """Embeds a library's pending recordings. Use from one thread; `stop` may be called from any."""
+    """Embeds a library's pending recordings, or those of another queue that are to have the library's model.
+
+    Use from one thread; `stop` may be called from any.
+    """
 
     def __init__(
         self,
@@ -66,10 +83,12 @@ class Ingester:
         max_duration_s: Seconds,
         segmenting: SegmentConfig | None = None,
         owner: str | None = None,
+        queue: Queue | None = None,
         observe: Callable[[Timings], None] = lambda timings: None,
     ) -> None:
         self.owner = owner or uuid4().hex
         self._library = library
+        self._queue: Queue = queue or library.catalog
         self._encoder = encoder
         self._max_duration_s = max_duration_s
         self._segmenting = segmenting or SegmentConfig()
@@ -81,28 +100,32 @@ class Ingester:
         self._stopping.set()
 
     def run(self, poll_s: Seconds = 0.2) -> None:
-        """Process recordings as they come, until stopped."""
+        """Process recordings as they come, until stopped. Raises as `step` does."""
         while not self._stopping.is_set():
             if not self.step():
                 self._stopping.wait(poll_s)
 
     def step(self) -> int:
-        """Process what one lease gives; the number of recordings finished (0: none was waiting)."""
-        leased = self._library.catalog.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S)
+        """Process what one lease gives; the number of recordings finished (0: none was waiting).
+
+        Raises DataMismatch where the library has another model by now.
+        """
+        model = self._library.model
+        leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
         if not leased:
             return 0
-        with _Heartbeat(lambda: self._library.catalog.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
+        with _Heartbeat(lambda: self._queue.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
             except NotReady:
                 # the machine's trouble, not the recordings': they wait, and no attempt is counted
                 _log.exception("processing is not possible now")
-                self._library.catalog.release(self.owner)
+                self._queue.release(self.owner)
                 return 0
             except Exception:
                 # counted against the recordings, which are tried alone from now on, a bounded number of times
                 _log.exception("processing failed", extra={"recordings": [item.id for item in leased]})
-                self._library.catalog.release(self.owner, died=True)
+                self._queue.release(self.owner, died=True)
                 self._stopping.wait(AFTER_FAILURE_S)
         return len(leased)
 
@@ -132,7 +155,7 @@ class Ingester:
             for job in jobs[committed:]:
                 self._commit(job)
             commit += time.perf_counter() - mark
-        self._library.catalog.release(self.owner)
+        self._queue.release(self.owner)
         audio = sum(job.samples for job in jobs) / SAMPLING_RATE
         self._observe(Timings(decode, embed, commit, audio, len(jobs)))
 
@@ -157,15 +180,14 @@ class Ingester:
             job.error = ProcessingFailed("The stored bytes of this recording are missing; upload it again.")
 
     def _commit(self, job: _Job) -> None:
-        catalog, key = self._library.catalog, job.recording.key
-        error = job.error
+        key, error = job.recording.key, job.error
         if error is None and not job.segments:
             error = SilentAudio("Nothing can be heard in this recording.")
         if error is not None:
             _log.info("recording failed", extra={"recording": job.recording.id, "code": error.code})
-            catalog.fail(key, self.owner, code=error.code, detail=error.detail)
+            self._queue.fail(key, self.owner, code=error.code, detail=error.detail)
             return
-        catalog.complete(
+        self._queue.complete(
             key,
             self.owner,
             duration_s=job.samples / SAMPLING_RATE,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from clasp_core.catalog import Catalog, Filter, NewRecording, Recording
+from clasp_core.catalog import Catalog, Filter, NewRecording, Recording, StoredModel
 from clasp_core.errors import DataMismatch, InvalidField
 from clasp_core.index import Match, VectorIndex
 from clasp_core.language import canonical_tag
@@ -56,16 +56,17 @@ class Library:
         *,
         model: str,
         dim: int,
+        name: str = "",
         database_url: str | None = None,
-        embed_anew: bool = False,
         new_store: StoreMaker = FaissStore,
+        reindex: bool = False,
     ) -> None:
-        """Open or create. `model` is the fingerprint of the model all vectors here must be by; `new_store`
-        is where the index keeps them.
+        """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
+        `new_store` is where the index keeps them.
 
-        Where the directory holds vectors of another model, raises DataMismatch; or, with `embed_anew`,
-        drops them and has their recordings embedded again. DataMismatch also where a newer version of
-        this program wrote it.
+        `name` is what `open_model` knows it as. A library without vectors takes any model; where there
+        are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
+        it: see `clasp_core.reindex`. DataMismatch also where a newer version of this program wrote it.
         """
         data_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
@@ -77,14 +78,11 @@ class Library:
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
         self._saved = (0, "")
-        if embed_anew:
-            self.catalog.embed_anew(model)
-        if others := self.catalog.other_models(model):
+        self.stored_model = StoredModel(model, name, dim)
+        if not reindex and (active := self.catalog.adopt(self.stored_model)).fingerprint != model:
             self.catalog.close()
-            raise DataMismatch(
-                f"{data_dir} holds vectors made by another model ({', '.join(others)}; this one is {model})."
-                " Run `clasp reindex` to embed the recordings anew, or use another CLASP_DATA_DIR."
-            )
+            ways_out = _ways_out(active, self.stored_model)
+            raise DataMismatch(f"{data_dir} holds vectors of another model. {ways_out}")
 
     def close(self) -> None:
         try:
@@ -146,7 +144,8 @@ class Library:
         return found[:limit], _encode_cursor(found[limit - 1].key) if more else None
 
     def tidy(self) -> None:
-        """Remove what crashes left behind: abandoned arrivals, and bytes that no recording has."""
+        """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models."""
+        self.catalog.forget_retired()
         self.store.discard_abandoned()
         self.catalog.sweep(list(self.store.stored()), self.store.remove)
 
@@ -180,7 +179,7 @@ class Library:
         kept.sort(key=lambda match: (-match.score, recordings[match.recording].id))
         kept = kept[: question.limit]
         named = [(match.recording, ordinal) for match in kept for ordinal, _ in match.segments]
-        spans = self.catalog.spans(named)
+        spans = self.catalog.spans(named, model=self.model)
         return [
             Hit(
                 rank=rank,
@@ -211,12 +210,33 @@ class Library:
                     self._index.apply(changes)
             return self._index
 
+    def is_current(self) -> bool:
+        """Whether the library still has the model it was opened with; false after a switch to another.
+
+        Searches then go on answering by the old vectors, from which deleted recordings disappear as ever,
+        but to which nothing is added.
+        """
+        active = self.catalog.active()
+        return active is not None and active.fingerprint == self.model
+
     def save_index(self) -> None:
-        """Write a snapshot, if anything changed since the last, so that the next start is quick."""
-        if self._index is not None and self._index.point != self._saved:
+        """Write a snapshot, if anything changed since the last, so that the next start is quick.
+
+        Not so once the library has another model: the place is that one's.
+        """
+        if self._index is not None and self._index.point != self._saved and self.is_current():
             point = self._index.point
             self._index.save(self._index_dir)
             self._saved = point
+
+
+def _ways_out(active: StoredModel, wanted: StoredModel) -> str:
+    """What to do where a library has one model and was opened with another."""
+    anew = f"`clasp reindex --model {wanted.name}`" if wanted.name else "`clasp reindex`"
+    facts = f"They are by {active.titled()}; the model set here is {wanted.titled()}."
+    if active.name == wanted.name or not active.name:  # of another version, so no name helps
+        return f"{facts} Run {anew} to embed the recordings anew, or go back to that version of it."
+    return f"{facts} Set CLASP_MODEL={active.name}, or run {anew} to embed the recordings anew."
 
 
 def check_name(field: str, value: str) -> str:

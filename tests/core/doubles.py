@@ -12,23 +12,24 @@ from multiprocessing.context import ForkServerContext
 import numpy as np
 from numpy.typing import NDArray
 
-from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording
+from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording, StoredModel
 from clasp_core.library import Library
 from clasp_core.types import Embeddings, Waveform
 from tests.audio_files import encode, tone
 
 DIM = 16
 MODEL = "0123456789abcdef"
+STORED_MODEL = StoredModel(MODEL, "spectral", DIM)
 
 
 class SpectralSpeechEncoder:
-    """A fixed random projection of how loud each of 32 bands of frequency is."""
+    """A fixed random projection of how loud each of 32 bands of frequency is; another for each dim."""
 
-    dim = DIM
     picture_rate: int | None = None
 
-    def __init__(self) -> None:
-        self._projection = np.random.default_rng(1).normal(size=(32, DIM))
+    def __init__(self, dim: int = DIM) -> None:
+        self.dim = dim
+        self._projection = np.random.default_rng(1).normal(size=(32, dim))
 
     def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         return np.stack([self._vector(waveform) for waveform in waveforms])

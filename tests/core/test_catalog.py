@@ -16,7 +16,16 @@ import pytest
 
 from clasp_core.catalog import MAX_ATTEMPTS, Catalog, EmbeddedSegment, Filter, NewRecording, Recording
 from clasp_core.errors import DataMismatch, IdConflict, RecordingNotFound
-from tests.core.doubles import DIM, MODEL, complete, processes, random_vectors, register, segments_of
+from tests.core.doubles import (
+    DIM,
+    MODEL,
+    STORED_MODEL,
+    complete,
+    processes,
+    random_vectors,
+    register,
+    segments_of,
+)
 
 
 @pytest.fixture
@@ -27,6 +36,7 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def catalog(url: str) -> Iterator[Catalog]:
     opened = Catalog(url)
+    opened.adopt(STORED_MODEL)
     yield opened
     opened.close()
 
@@ -203,8 +213,9 @@ def test_a_completed_recording_is_ready_with_its_segments(catalog: Catalog) -> N
     changes = catalog.changes(0, limit=10, model=MODEL, dim=DIM)
     assert changes is not None
     assert changes.vectors[np.argsort(changes.ordinals)].tobytes() == vectors.tobytes()
-    assert catalog.spans([(recording.key, 1), (recording.key, 9)]) == {(recording.key, 1): (1.0, 2.0)}
-    assert catalog.spans([]) == {}
+    named = [(recording.key, 1), (recording.key, 9)]
+    assert catalog.spans(named, model=MODEL) == {(recording.key, 1): (1.0, 2.0)}
+    assert catalog.spans(named, model="another") == catalog.spans([], model=MODEL) == {}
 
 
 def test_a_failed_recording_says_why_and_is_not_tried_again(catalog: Catalog) -> None:
@@ -225,14 +236,14 @@ def test_an_expired_lease_passes_on_and_its_first_owner_is_refused(catalog: Cata
     recording = register(catalog, "one")
     catalog.lease("first", limit=1, lease_s=-1)
     assert ids(catalog.lease("second", limit=1, lease_s=60)) == ["one"]
-    late = {"duration_s": 1.0, "model": "late", "segments": segments_of(random_vectors(1, 1))}
+    late = {"duration_s": 1.0, "model": MODEL, "segments": segments_of(random_vectors(1, 1))}
     assert not catalog.complete(recording.key, "first", **late)
     assert not catalog.fail(recording.key, "first", code="late", detail="late")
     assert catalog.get("one").status == "processing"
     segments = segments_of(random_vectors(2, 2))
     assert catalog.complete(recording.key, "second", duration_s=2.0, model=MODEL, segments=segments)
     assert not catalog.complete(recording.key, "first", **late)
-    assert (catalog.get("one").model, catalog.last_change()[0]) == (MODEL, 1)
+    assert (catalog.get("one").segments, catalog.last_change()[0]) == (2, 1)
 
 
 def test_an_extended_lease_stays_with_its_owner(catalog: Catalog) -> None:
@@ -333,7 +344,7 @@ def test_a_recording_deleted_at_work_stays_deleted(catalog: Catalog) -> None:
     changes = catalog.changes(0, limit=10, model=MODEL, dim=DIM)
     assert changes is not None
     assert len(changes.vectors) == 0
-    assert catalog.spans([(recording.key, 0)]) == {}
+    assert catalog.spans([(recording.key, 0)], model=MODEL) == {}
 
 
 @pytest.mark.parametrize(
@@ -393,7 +404,7 @@ def test_changes_come_in_order_and_can_be_read_again(catalog: Catalog) -> None:
         seen.append(changes.recordings)
         after = changes.seq
     keys = [recording.key for recording in recordings]
-    assert seen == [frozenset(keys[0:2]), frozenset(keys[2:4]), frozenset({keys[4], keys[1]})]
+    assert seen == [frozenset({keys[0], keys[2]}), frozenset(keys[3:5]), frozenset({keys[1]})]
     assert after == catalog.last_change()[0]
 
 
@@ -408,15 +419,6 @@ def test_changes_show_recordings_as_they_are_now(catalog: Catalog) -> None:
     assert changes.recordings == {kept.key, gone.key}
     assert set(changes.owners.tolist()) == {kept.key}
     assert catalog.changes(changes.seq, limit=10, model=MODEL, dim=DIM) is None
-
-
-def test_other_models_are_named(catalog: Catalog) -> None:
-    """Vectors of two models in one index would be compared, and mean nothing."""
-    complete(catalog, register(catalog, "one"), random_vectors(0, 1), model="b")
-    complete(catalog, register(catalog, "two"), random_vectors(1, 1), model="a")
-    register(catalog, "not embedded yet")
-    assert catalog.other_models("c") == ["a", "b"]
-    assert catalog.other_models("a") == ["b"]
 
 
 # --- filters
@@ -522,6 +524,7 @@ def test_a_newer_schema_is_refused(catalog: Catalog, url: str, tmp_path: Path) -
 def test_what_was_committed_is_there_after_reopening(url: str) -> None:
     """The catalogue is the truth; a restart is no event in it."""
     first = Catalog(url)
+    first.adopt(STORED_MODEL)
     complete(first, register(first, "one"), random_vectors(0, 2))
     first.close()
     second = Catalog(url)
@@ -576,6 +579,7 @@ def test_threads_may_open_catalogues_together(tmp_path: Path) -> None:
 def write_until_killed(url: str, life: int, acknowledgements: Connection) -> None:
     """Registers, leases and completes as fast as it can, and says of each recording when it is done."""
     catalog = Catalog(url)
+    catalog.adopt(STORED_MODEL)
     segments = segments_of(random_vectors(life, 2))
     for number in itertools.count():
         name = f"{life}-{number}"

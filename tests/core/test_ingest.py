@@ -103,7 +103,7 @@ def test_a_recording_becomes_ready_with_its_duration_and_segments(library: Libra
 
     expected = embed_recording(SpectralSpeechEncoder(), io.BytesIO(content), max_duration_s=MAX_DURATION_S)
     assert ready.segments == len(expected) > 1
-    spans = library.catalog.spans([(ready.key, ordinal) for ordinal in range(len(expected))])
+    spans = library.catalog.spans([(ready.key, ordinal) for ordinal in range(len(expected))], model=MODEL)
     assert [spans[ready.key, i] for i in range(len(expected))] == [(s.start_s, s.end_s) for s in expected]
     assert all(0 <= start < end <= 25.0 for start, end in spans.values())
     for segment in expected:

@@ -441,14 +441,14 @@ def test_a_restored_catalogue_with_as_many_changes_is_told_from_the_lost_one(
 
 def test_another_model_is_refused_while_there_are_vectors(open_library: Opener, data_dir: Path) -> None:
     """Searching one model's vectors with another's questions gives nonsense that looks like an answer."""
+    upload(open_library(), b"not embedded yet", "waiting")
+    Library(data_dir, model="another", name="other", dim=DIM).close()
     library = open_library()
-    upload(library, b"not embedded yet", "waiting")
-    Library(data_dir, model="another", dim=DIM).close()
     complete(library.catalog, library.catalog.get("waiting"), random_vectors(1, 1))
     with pytest.raises(DataMismatch, match="another model"):
-        Library(data_dir, model="another", dim=DIM)
+        Library(data_dir, model="another", name="other", dim=DIM)
     library.delete("waiting")
-    Library(data_dir, model="another", dim=DIM).close()
+    Library(data_dir, model="another", name="other", dim=DIM).close()
 
 
 def test_tidying_removes_orphans_only(library: Library) -> None:
