@@ -45,7 +45,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 5
 _PAUSE_S = 1.0
 _TIMEOUT = httpx.Timeout(30.0)
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,7 +513,7 @@ class _Fetching:
             ):
                 done = 0
             with partial.open("ab" if done else "wb") as file:
-                for chunk in answer.iter_raw(_CHUNK):
+                for chunk in answer.iter_raw():
                     file.write(chunk)
                     done += len(chunk)
                     self._progress(name, done, remote.size)
