@@ -387,7 +387,7 @@ def verify(
 
 @models_cli.command(help="Fetch published weights into CLASP_MODELS_DIR; an interrupted fetch goes on.")
 def fetch(
-    names: Annotated[list[str], typer.Argument(help=_FETCHABLE)],
+    names: Annotated[list[str], typer.Argument(metavar="PART", help=_FETCHABLE)],
     revision: Annotated[
         list[str] | None, typer.Option(metavar="PART=REV", help="Another commit or branch of a part.")
     ] = None,

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import pickletools
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -120,14 +121,24 @@ def convert(source: Path, target: Path | None = None, *, deadline_s: Seconds | N
             )
     sha256 = sha256_of(source)
     size = source.stat().st_size
-    with _temporary(target) as temporary:
-        with source.open("rb") as file, temporary.open("wb") as sink:
+    with temporary_for(target) as temporary:
+        with source.open("rb") as file, temporary.open("xb") as sink:
             note = _confined(file, sink, size, sha256, 120 + size / 1e7 if deadline_s is None else deadline_s)
         if (refusal := _REFUSALS.get(str(note.get("refused")))) is not None:
             raise refusal(f"{source} {note.get('detail')}")
         conversion = _checked(temporary, target, sha256)
         place(temporary, target)
     return conversion
+
+
+@contextlib.contextmanager
+def temporary_for(target: Path) -> Iterator[Path]:
+    """A name beside `target` that nobody else uses; what has not been placed when it closes is removed."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def place(temporary: Path, final: Path) -> None:
@@ -143,23 +154,6 @@ def place(temporary: Path, final: Path) -> None:
 
 
 _REFUSALS = {refusal.code: refusal for refusal in (InvalidCheckpoint, UnsafeCheckpoint)}
-
-
-@contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        os.close(descriptor)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _confined(file: BinaryIO, sink: BinaryIO, size: int, sha256: str, deadline_s: Seconds) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from urllib.parse import quote
 
 import httpx
 
-from clasp_core.checkpoints import convert, place
+from clasp_core.checkpoints import convert, place, temporary_for
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
 from clasp_core.systems import SYSTEMS
@@ -46,7 +45,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATIENCE = 5
 _PAUSE_S = 1.0
 _TIMEOUT = httpx.Timeout(30.0)
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,11 +364,9 @@ class _Records:
             return
         self._files[file] = record
         content = {"format": _FORMAT, "files": dict(sorted(self._files.items()))}
-        descriptor, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
-        with os.fdopen(descriptor, "w") as temporary:
-            os.fchmod(descriptor, 0o644)
-            temporary.write(json.dumps(content, indent=1) + "\n")
-        place(Path(name), self._path)
+        with temporary_for(self._path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            place(temporary, self._path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,9 +521,12 @@ class _Fetching:
 
     def _describe(self, url: str) -> _Remote:
         answer = self._client.head(url)
-        while answer.is_redirect and answer.headers.get("location", "").startswith("/"):
-            answer = self._client.head(answer.url.join(answer.headers["location"]))
         commit = answer.headers.get("x-repo-commit")
+        for _ in range(_PATIENCE):  # the hub's redirects within itself: renamed repositories, cached files
+            if not (answer.is_redirect and answer.headers.get("location", "").startswith("/")):
+                break
+            answer = self._client.head(answer.url.join(answer.headers["location"]))
+            commit = answer.headers.get("x-repo-commit", commit)
         # The hub sends large files from elsewhere, and says what they are before it sends one there.
         if answer.is_redirect and (etag := answer.headers.get("x-linked-etag")):
             size = answer.headers.get("x-linked-size")
@@ -554,7 +553,7 @@ class _Fetching:
             ):
                 done = 0
             with partial.open("ab" if done else "wb") as file:
-                for chunk in answer.iter_raw(_CHUNK):
+                for chunk in answer.iter_raw():
                     file.write(chunk)
                     done += len(chunk)
                     self._progress(name, done, remote.size)
@@ -576,6 +575,8 @@ class _Fetching:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"the server answers {error.response.status_code}"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -23,6 +23,8 @@ VERBS = [
     "reindex",
     "models",
     "models list",
+    "models fetch",
+    "models convert",
 ]
 FIGURES = {"n", "pool", "hits@1", "hits@5", "hits@10", "mrr", "mean_rank", "macro_f1"}
 
