@@ -5,13 +5,15 @@ One `Ingester` is one worker; any number may work on the same library, in any pr
 
 import io
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -26,6 +28,7 @@ from clasp_core.segmenting import SegmentConfig, split, with_pictured
 from clasp_core.types import SAMPLING_RATE, Embeddings, Seconds, Segment, Waveform
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LEASE_S: Seconds = 20.0
 AFTER_FAILURE_S: Seconds = 0.5
@@ -130,7 +133,7 @@ class Ingester:
         return len(leased)
 
     def _process(self, jobs: list[_Job]) -> None:
-        """Segments of all jobs flow through the encoder together, in order; memory holds one batch of them.
+        """Segments of all jobs flow through the encoder together, in order; memory holds two batches of them.
 
         A job is committed as soon as the stream has passed it, so none waits for a long one behind it.
         """
@@ -138,23 +141,24 @@ class Ingester:
         committed = 0
         segments = (pair for job in jobs for pair in self._segments(job))
         mark = time.perf_counter()
-        while batch := list(islice(segments, TOGETHER)):
-            decode -= mark - (mark := time.perf_counter())
-            vectors = _encode(self._encoder, [segment for _, segment in batch])
-            for (job, segment), vector in zip(batch, vectors, strict=True):
-                job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
-            embed -= mark - (mark := time.perf_counter())
-            if self._stopping.is_set():
-                break
-            current = jobs.index(batch[-1][0])
-            for job in jobs[committed:current]:
-                self._commit(job)
-            committed = current
-            commit -= mark - (mark := time.perf_counter())
-        else:
-            for job in jobs[committed:]:
-                self._commit(job)
-            commit += time.perf_counter() - mark
+        with closing(_ahead(_batches(segments))) as batches:
+            for batch in batches:
+                decode -= mark - (mark := time.perf_counter())
+                vectors = _encode(self._encoder, [segment for _, segment in batch])
+                for (job, segment), vector in zip(batch, vectors, strict=True):
+                    job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
+                embed -= mark - (mark := time.perf_counter())
+                if self._stopping.is_set():
+                    break
+                current = jobs.index(batch[-1][0])
+                for job in jobs[committed:current]:
+                    self._commit(job)
+                committed = current
+                commit -= mark - (mark := time.perf_counter())
+            else:
+                for job in jobs[committed:]:
+                    self._commit(job)
+                commit += time.perf_counter() - mark
         self._queue.release(self.owner)
         audio = sum(job.samples for job in jobs) / SAMPLING_RATE
         self._observe(Timings(decode, embed, commit, audio, len(jobs)))
@@ -211,12 +215,13 @@ def embed_recording(
         encoder.picture_rate, recording, max_duration_s=max_duration_s, segmenting=segmenting
     )
     embedded: list[EmbeddedSegment] = []
-    while batch := list(islice(segments, TOGETHER)):
-        vectors = _encode(encoder, batch)
-        embedded += [
-            EmbeddedSegment(segment.start_s, segment.end_s, vector)
-            for segment, vector in zip(batch, vectors, strict=True)
-        ]
+    with closing(_ahead(_batches(segments))) as batches:
+        for batch in batches:
+            vectors = _encode(encoder, batch)
+            embedded += [
+                EmbeddedSegment(segment.start_s, segment.end_s, vector)
+                for segment, vector in zip(batch, vectors, strict=True)
+            ]
     if not embedded:
         raise SilentAudio("Nothing can be heard in this recording.")
     return embedded
@@ -264,6 +269,48 @@ def _segments(
 def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
     pictured = [segment.pictured for segment in segments if segment.pictured is not None]
     return encoder.encode([segment.waveform for segment in segments], pictured or None)
+
+
+def _batches(segments: Iterator[T]) -> Iterator[list[T]]:
+    while batch := list(islice(segments, TOGETHER)):
+        yield batch
+
+
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items, each made on another thread while the one before it is in use.
+
+    So a file is decoded and listened to on the CPU while a GPU embeds what was heard before. One item is
+    kept ready, no more. What goes wrong in the making is raised here; closing this ends the making.
+    """
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(1)
+    over = threading.Event()
+
+    def hand(item: tuple[T] | BaseException | None) -> None:
+        while not over.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for item in items:
+                hand((item,))
+                if over.is_set():
+                    return
+            hand(None)
+        except BaseException as error:
+            hand(error)
+
+    maker = threading.Thread(target=make, name="decoder", daemon=True)
+    maker.start()
+    try:
+        while (made := ready.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            yield made[0]
+    finally:
+        over.set()
+        maker.join()
 
 
 def warm_up(encoder: SpeechEncoder) -> None:
