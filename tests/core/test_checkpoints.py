@@ -38,7 +38,7 @@ DAMAGED = {
     "wrapped": "'epoch' is of type int",
     "nothing": "no tensors",
     "nan": "'x'",
-    "expanded": "more elements",
+    "expanded": "more tensors",
     "many-names": "more tensors",
     "longer-storage": "",
     "huge": "",
