@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clasp_core.encoders.hub import leave_file
 from clasp_core.encoders.vision_imports import import_timm
 from clasp_core.errors import ModelUnavailable
 
@@ -113,11 +114,19 @@ class EfficientNetB7(nn.Module):
         }
         if len(ours) < len(theirs):
             raise ModelUnavailable(f"{path} holds some of its weights twice, under two names.")
+        # load_state_dict alone is not strict about BatchNorm's counts of batches
+        if different := sorted(ours.keys() ^ network.state_dict().keys()):
+            raise ModelUnavailable(
+                f"{path} is not EfficientNet-{variant}: it lacks, or has no place for,"
+                f" {', '.join(different[:3])}{f' and {len(different) - 3} more' * (len(different) > 3)}."
+            )
         try:
             network.load_state_dict(floats, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelUnavailable(f"{path} is not EfficientNet-{variant}: {error}") from error
-        network.eval().requires_grad_(False).to(dtype)
+        network.eval().requires_grad_(False)
+        leave_file(network)
+        network.to(dtype)
         return cls(network, variant, channels_last=channels_last)
 
 
