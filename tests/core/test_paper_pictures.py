@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clasp_core.encoders.efficientnet_b7 import BATCH_PICTURES, EfficientNetB7
+from clasp_core.encoders.vision_imports import import_timm, require_transformers
 from clasp_core.errors import ModelUnavailable
 from tests.paper_checkpoints import rewrite, save_efficientnet, torchvision_efficientnet
 
@@ -246,18 +247,12 @@ assert importlib.util.find_spec("torchvision") is None
 
 
 @pytest.mark.parametrize(
-    ("package", "call"), [("timm", "import_timm"), ("transformers", "require_transformers")]
+    ("package", "require"), [("timm", import_timm), ("transformers", require_transformers)]
 )
-def test_missing_packages_name_the_extra(tmp_path: Path, package: str, call: str) -> None:
+def test_missing_packages_name_the_extra(
+    package: str, require: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first thing a user without the extra sees."""
-    script = f"""
-from clasp_core.encoders import vision_imports
-from clasp_core.errors import ModelUnavailable
-try:
-    vision_imports.{call}()
-except ModelUnavailable as error:
-    assert "{package}" in str(error) and "clasp-search[paper]" in str(error), error
-else:
-    raise SystemExit("imported")
-"""
-    run(script, without=package, tmp_path=tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModelUnavailable, match=rf"{package}.*pip install 'clasp-search\[paper\]'"):
+        require()
