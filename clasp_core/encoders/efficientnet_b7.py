@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clasp_core.encoders.hub import leave_file
 from clasp_core.encoders.vision_imports import import_timm
 from clasp_core.errors import ModelUnavailable
 
-BATCH_PICTURES = 8
-"""Pictures that go through the network at once: about 0.3 GB each at 450 x 610, in float32."""
+BATCH_PICTURES = 4
+"""Pictures that go through the network at once; each takes about 0.2 GB at 450 x 610, in float32."""
 
 _SCALING = {
     "b0": (1.0, 1.0),
@@ -59,12 +60,20 @@ class EfficientNetB7(nn.Module):
 
     dim = 1000
 
-    def __init__(self, network: nn.Module, variant: str, *, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        variant: str,
+        *,
+        channels_last: bool = False,
+        batch_pictures: int = BATCH_PICTURES,
+    ) -> None:
         super().__init__()
         self.network = network
         if channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.variant = variant
+        self._batch = batch_pictures
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     @torch.inference_mode()
@@ -77,16 +86,21 @@ class EfficientNetB7(nn.Module):
             raise ValueError(f"pictures of shape {tuple(pictures.shape)}; (n, 3, height, width) is needed")
         weight = next(self.network.parameters())
         logits = torch.empty(len(pictures), self.dim, device=weight.device)
-        for start in range(0, len(pictures), BATCH_PICTURES):
-            some = pictures[start : start + BATCH_PICTURES].to(weight.device, weight.dtype)
-            logits[start : start + BATCH_PICTURES] = self.network(some.contiguous(memory_format=self._format))
+        for start in range(0, len(pictures), self._batch):
+            some = pictures[start : start + self._batch].to(weight.device, weight.dtype)
+            logits[start : start + self._batch] = self.network(some.contiguous(memory_format=self._format))
         if not torch.isfinite(logits).all():
             raise FloatingPointError("EfficientNet overflowed, or a picture holds NaN or infinity")
         return logits
 
     @classmethod
     def load(
-        cls, path: Path, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
+        cls,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        channels_last: bool = False,
+        batch_pictures: int = BATCH_PICTURES,
     ) -> "EfficientNetB7":
         """The network from a safetensors file of torchvision's state dict, in eval mode, on the CPU.
 
@@ -113,12 +127,20 @@ class EfficientNetB7(nn.Module):
         }
         if len(ours) < len(theirs):
             raise ModelUnavailable(f"{path} holds some of its weights twice, under two names.")
+        # load_state_dict alone is not strict about BatchNorm's counts of batches
+        if different := sorted(ours.keys() ^ network.state_dict().keys()):
+            raise ModelUnavailable(
+                f"{path} is not EfficientNet-{variant}: it lacks, or has no place for,"
+                f" {', '.join(different[:3])}{f' and {len(different) - 3} more' * (len(different) > 3)}."
+            )
         try:
             network.load_state_dict(floats, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelUnavailable(f"{path} is not EfficientNet-{variant}: {error}") from error
-        network.eval().requires_grad_(False).to(dtype)
-        return cls(network, variant, channels_last=channels_last)
+        network.eval().requires_grad_(False)
+        leave_file(network)
+        network.to(dtype)
+        return cls(network, variant, channels_last=channels_last, batch_pictures=batch_pictures)
 
 
 def _variant(state: Mapping[str, Tensor], path: Path) -> str:

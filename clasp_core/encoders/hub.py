@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 from clasp_core.errors import ModelUnavailable
 
@@ -73,7 +74,17 @@ def read_network(
                 f" it {what} {_few(names)}."
             )
     network.eval().requires_grad_(False)
+    leave_file(network)
     return network
+
+
+def leave_file(network: nn.Module) -> None:
+    """Copy weights that are still views of their mapped file.
+
+    A file overwritten in place would change the vectors of a running service, one cut short would end it
+    with a bus error.
+    """
+    network._apply(torch.clone)  # type: ignore[no-untyped-call]
 
 
 def _content(path: Path) -> object:

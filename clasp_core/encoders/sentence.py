@@ -298,7 +298,9 @@ def _dense(folder: Path, dim: int) -> _Dense:
     if config.get("use_residual"):
         raise _NotImplementedHere("a dense layer with a residual connection")
     path, _, name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")
-    if not path.startswith("torch.nn") or name not in _ACTIVATIONS:
+    if not path.startswith("torch.nn"):  # sentence-transformers would put tanh there, and a line in the log
+        raise ModelUnavailable(f"{folder} names {path}.{name}: code from elsewhere is not run.")
+    if name not in _ACTIVATIONS:
         raise _NotImplementedHere(f"the activation {config['activation_function']}")
     linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
     if linear.in_features != dim:
