@@ -1,5 +1,6 @@
 # The service. For CPU, with the embedded model:   docker build -t clasp-search .
-# For a CUDA machine, with the paper's encoders:   docker build --build-arg EXTRAS=embedded,paper,gpu -t clasp-search:gpu .
+# For a CUDA machine, with the paper's encoders:
+#   docker build --build-arg EXTRAS=embedded,paper,gpu -t clasp-search:gpu .
 # On a network whose default package index serves torch's CUDA build, name the index of its CPU build:
 #   docker build --build-arg TORCH_INDEX=<url> -t clasp-search .
 FROM python:3.12-slim-bookworm AS build
@@ -14,6 +15,9 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY clasp_core clasp_core
 COPY app app
 RUN /opt/clasp/bin/pip install --constraint constraints.txt ".[${EXTRAS}]"
+# faiss-gpu and faiss-cpu own the same files: whichever should serve is installed last (docs/decisions.md)
+RUN case "$EXTRAS" in *gpu*) /opt/clasp/bin/pip install --force-reinstall --no-deps \
+        --constraint constraints.txt faiss-gpu ;; esac
 
 FROM python:3.12-slim-bookworm
 RUN useradd --uid 10001 --create-home clasp \

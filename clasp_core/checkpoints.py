@@ -37,7 +37,7 @@ from clasp_core.types import Seconds
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "clasp-checkpoint/1"
+MADE_BY = "clasp-checkpoint/1"
 STATE_DICT = "state_dict"
 
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -99,11 +99,18 @@ class Conversion:
     source_sha256: str
 
 
+def readable(weights: Path) -> Path:
+    """Where a checkpoint is read from: its safetensors are beside it, under the hub's name for them."""
+    if weights.name == "pytorch_model.bin":
+        return weights.with_name("model.safetensors")
+    return weights.with_suffix(".safetensors")
+
+
 def convert(source: Path, target: Path | None = None, *, deadline_s: Seconds | None = None) -> Conversion:
-    """Write the tensors of a torch checkpoint to `target`, by default `source` with suffix `.safetensors`.
+    """Write the tensors of a torch checkpoint to `target`, by default where `readable` says.
 
     Names, shapes and dtypes stay; tensors that share memory are written apart. The same source gives the same
-    bytes. The target's metadata are `format`, `class` (see `Conversion.holds`) and `source_sha256`. It is
+    bytes. The target's metadata are `format`, `made_by`, `class` (see `Conversion.holds`) and `source_sha256`. It is
     complete or absent; where one was, it is replaced.
 
     deadline_s: by default two minutes, and a second for each 10 MB.
@@ -111,7 +118,7 @@ def convert(source: Path, target: Path | None = None, *, deadline_s: Seconds | N
     Raises UnsafeCheckpoint where the file imports anything but tensors and the published models' layers,
     InvalidCheckpoint where it is damaged, of another kind, or holds NaN or infinity.
     """
-    target = source.with_suffix(".safetensors") if target is None else target
+    target = readable(source) if target is None else target
     if target.absolute() == source.absolute():
         raise InvalidCheckpoint(f"{source} would be converted onto itself; name another target.")
     with source.open("rb") as file:
@@ -205,7 +212,8 @@ def _checked(written: Path, target: Path, sha256: str) -> Conversion:
 
 
 def _metadata(holds: str, sha256: str) -> dict[str, str]:
-    return {"format": FORMAT, "class": holds, "source_sha256": sha256}
+    # "pt" is what transformers asks of a file before it reads its tensors
+    return {"format": "pt", "made_by": MADE_BY, "class": holds, "source_sha256": sha256}
 
 
 # --- in the child

@@ -56,13 +56,6 @@ class PublishedFile:
     size: int | None = None
 
 
-def readable(weights: Path) -> Path:
-    """Where a weights file is read from: a pickle's safetensors are beside it, under the hub's usual name."""
-    if weights.name == "pytorch_model.bin":
-        return weights.with_name("model.safetensors")
-    return weights.with_suffix(".safetensors")
-
-
 @dataclass(frozen=True, slots=True)
 class _Published:
     """What can be said of a part without asking the network."""

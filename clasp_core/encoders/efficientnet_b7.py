@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clasp_core.encoders.hub import leave_file
+from clasp_core.encoders.folders import leave_file
 from clasp_core.encoders.vision_imports import import_timm
 from clasp_core.errors import ModelUnavailable
 

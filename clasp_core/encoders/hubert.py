@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clasp_core.encoders.batching import batches
-from clasp_core.encoders.hub import read_json, read_network
+from clasp_core.encoders.folders import read_json, read_network
 from clasp_core.encoders.vision_imports import require_transformers
 from clasp_core.errors import ModelUnavailable
 from clasp_core.types import SAMPLING_RATE, Seconds, Waveform

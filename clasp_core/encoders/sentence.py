@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp_core.encoders.batching import batches
-from clasp_core.encoders.hub import read_json, read_json_list, read_network
+from clasp_core.encoders.folders import read_json, read_json_list, read_network
 from clasp_core.encoders.vision_imports import extra_missing, require_transformers
 from clasp_core.errors import ModelUnavailable
 

@@ -93,7 +93,8 @@ def converted_as_expected(source: Path, target: Path) -> dict[str, torch.Tensor]
         assert torch.equal(tensor, expected[name]), name
     with safe_open(target, framework="pt") as file:
         assert file.metadata() == {
-            "format": "clasp-checkpoint/1",
+            "format": "pt",
+            "made_by": "clasp-checkpoint/1",
             "class": conversion.holds,
             "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
