@@ -14,9 +14,9 @@ RUN /opt/clasp/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--ind
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY clasp_core clasp_core
 COPY app app
-RUN /opt/clasp/bin/pip install --constraint constraints.txt ".[${EXTRAS}]"
 # faiss-gpu and faiss-cpu own the same files: whichever should serve is installed last (docs/decisions.md)
-RUN case "$EXTRAS" in *gpu*) /opt/clasp/bin/pip install --force-reinstall --no-deps \
+RUN /opt/clasp/bin/pip install --constraint constraints.txt ".[${EXTRAS}]" \
+    && case "$EXTRAS" in *gpu*) /opt/clasp/bin/pip install --force-reinstall --no-deps \
         --constraint constraints.txt faiss-gpu ;; esac
 
 FROM python:3.12-slim-bookworm

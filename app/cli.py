@@ -17,6 +17,7 @@ from rich.table import Table
 
 from app.settings import Settings
 from clasp_core.errors import ClaspError
+from clasp_core.systems import SYSTEMS
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,7 @@ Collection = Annotated[str, typer.Option(help="Name of the collection.")]
 
 _FETCHABLE = (
     "hubert-large, wav2vec2-base, labse, xlm-r, efficientnet-b7, clasp-concat, clasp-gating, lasp-concat,"
-    " lasp-gating; or paper, for all that the paper's model needs."
+    f" lasp-gating; or a system, for all that is published of it: {', '.join(SYSTEMS)}."
 )
 _SERVE_HELP = f"""Serve the HTTP API, with one ingest worker.
 

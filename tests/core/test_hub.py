@@ -83,9 +83,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             "net": WebFile(
                 "Net",
                 "MIT",
-                f"{served.endpoint}/models/net-0000.bin",
                 "web",
+                "",
                 (PublishedFile("net-0000.bin", sha256(net)[:8]),),
+                f"{served.endpoint}/models/net-0000.bin",
             ),
         }
         monkeypatch.setattr(hub, "PUBLISHED", published)
