@@ -302,12 +302,14 @@ def _time_axis(n_frames: int) -> _TimeAxis:
 
     # tight_layout makes room at the right for as much as hangs over where the axes are at first. All in
     # matplotlib's order of operations, because some edges fall on the middle of a pixel exactly.
-    first_guess = placed(0.125 * _FIGURE_WIDTH, 0.9 * _FIGURE_WIDTH)
-    overhang = max(0.9 * _FIGURE_WIDTH, rightmost(*first_guess)) * (1 / _FIGURE_WIDTH) - 0.9
-    right = (1 - (max(overhang, 0) + _MARGIN)) * _FIGURE_WIDTH
-    end = max(right, rightmost(*placed(_left() + 15, right)))
+    first_left, first_right = 0.125 * _FIGURE_WIDTH, 0.9 * _FIGURE_WIDTH
+    over_left = 0.125 - (first_left - _LABEL_GAP - _widest_label()) * (1 / _FIGURE_WIDTH)
+    over_right = max(first_right, rightmost(*placed(first_left, first_right))) * (1 / _FIGURE_WIDTH) - 0.9
+    left = (over_left + _MARGIN) * _FIGURE_WIDTH
+    right = (1 - (max(over_right, 0) + _MARGIN)) * _FIGURE_WIDTH
+    end = max(right, rightmost(*placed(left, right)))
     right -= 15
-    slope, offset = placed(_left(), right)
+    slope, offset = placed(_widest_label() + _LABEL_GAP, right)
     positions = [slope * tick + offset for tick in ticks]
 
     right_column = math.floor(right + 0.5)
@@ -359,9 +361,9 @@ _FREQUENCY_TICKS = (0, *(2**octave for octave in range(6, 14)))
 
 
 @cache
-def _left() -> float:
-    """Where the axes begin: right of the widest label of a frequency."""
-    return max(_text_width(str(tick)) for tick in _FREQUENCY_TICKS) + _LABEL_GAP
+def _widest_label() -> float:
+    """Of the frequencies: the axes begin to its right."""
+    return max(_text_width(str(tick)) for tick in _FREQUENCY_TICKS)
 
 
 def _depths(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -448,7 +450,7 @@ def _frequency_labels() -> NDArray[np.uint8]:
     grey = np.full((HEIGHT, WIDTH), 255, np.uint8)
     for tick, depth in zip(_FREQUENCY_TICKS, _depths(np.array(_FREQUENCY_TICKS, float)), strict=True):
         _draw_line(grey.T, _LEFT_COLUMN - 5, _LEFT_COLUMN + 1, math.floor(depth + 0.5), _TICK_END)
-        x = _left() - _LABEL_GAP - _text_width(str(tick))
+        x = _widest_label() - _text_width(str(tick))
         _draw_text(grey, str(tick), x, depth + _LINE_ASCENT / 2)
     return grey
 

@@ -1,4 +1,4 @@
-"""The picture as the authors made it, by librosa and matplotlib themselves: what clasp_core.spectrogram is held to.
+"""The picture as the authors made it, by librosa and matplotlib: what clasp_core.spectrogram is held to.
 
 The steps of clasp-inference.ipynb, cell 12, on a fresh figure each time (on a reused one the size depends on
 the figures before). matplotlib 3.7 to 3.10 draw the same; 3.11 has other letters, hence another layout, which
@@ -19,7 +19,7 @@ from PIL import Image
 if tuple(map(int, matplotlib.__version__.split(".")[:2])) > (3, 10):
     raise ImportError(f"matplotlib {matplotlib.__version__} draws other letters than the paper's; needs 3.10")
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend has to be chosen first
+from matplotlib import pyplot
 
 
 def reference_waveform(path: Path) -> NDArray[np.float32]:
