@@ -1,8 +1,8 @@
-"""`python -m tests.picture_gate`: the spectrogram picture against the paper's drawing, in pixels, logits, time.
+"""`python -m tests.picture_gate`: the spectrogram picture against the paper's, in pixels, logits and time.
 
-On recordings of the folder that CLASP_SPEECH_DEV names (else the bundled samples), evenly over its languages
-and their durations, and on synthetic edge cases. Writes bench-results/pictures.json and pictures.md, and fails
-where a clip misses the gate. One core, one thread; times are processor seconds from samples to picture, each
+On recordings of the folder that CLASP_SPEECH_DEV names (else the bundled samples), evenly over languages and
+durations, and on synthetic edge cases. Writes bench-results/pictures.json and pictures.md, and fails where a
+clip misses the gate. One core, one thread; times are processor seconds from samples to picture, each the
 first time that a length is drawn.
 """
 
@@ -64,7 +64,8 @@ def main() -> int:
     groups |= {row["clip"]: [row] for row in rows if row["clip"].startswith("edge: ")}
     table = [
         "| clips | n | identical | worst mean difference | largest | most pixels differing "
-        "| shifted or frame differs | lowest cosine, 0 to 255 | lowest cosine, -1 to 1 | reference ms | here ms | times faster |",
+        "| shifted or frame differs | lowest cosine, 0 to 255 | lowest cosine, -1 to 1 "
+        "| reference ms | here ms | times faster |",
         "| --- |" + " ---: |" * 11,
         *(summary(name, group) for name, group in groups.items() if group),
     ]
