@@ -48,6 +48,7 @@ check: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.picture_gate
 
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make

@@ -52,7 +52,7 @@ _BESIDE, _TICK_END, _FRAME_END = (_FAINT, 255, _FAINT), (7, 128, 7), (1, _FAINT,
 _COOLWARM, _MAGMA = 0, 1
 
 # The codes of pixels: a level of colour, as it is, under one line's faint edge, or under two; or a grey.
-_ONCE_FAINT, _TWICE_FAINT, _GREY, _CODES = 256, 512, 768, 1024
+_ONCE_FAINT, _TWICE_FAINT, _GREY = 256, 512, 768
 
 _FRAMES_AT_ONCE = 2048
 """Pictures of waveforms with at most so many frames in all are drawn in one go; about 50 s."""
@@ -64,6 +64,8 @@ _BLOCK = 64
 def render(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The picture of one waveform (n,) at 22,050 Hz: uint8 (450, 610, 3), blue first, on the CPU.
 
+    In memory the three colours lie one after the other, as networks want them.
+
     The reference crops to what it drew, `reference_width` columns; here it is always 610, and the columns at
     the right that the reference would have cropped off show what it would have drawn there.
 
@@ -73,8 +75,7 @@ def render(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
     Raises ValueError for a waveform that is empty, not one-dimensional, not finite, or so loud that its power
     overflows.
     """
-    picture = _on_cpu().draw([_checked(waveform)])[0, ..., :3].contiguous()
-    drawn: NDArray[np.uint8] = picture.numpy()
+    drawn: NDArray[np.uint8] = _on_cpu()([waveform])[0].permute(1, 2, 0).numpy()
     return drawn
 
 
@@ -108,58 +109,62 @@ class SpectrogramPictures(nn.Module):
             # As integers, which `half()` and `to(dtype)` leave alone.
             "_window_bits": (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).view(np.int64),
             "_bins": bins,
-            "_bin_of_row": bin_of_row,
+            "_bin_of_row": bin_of_row.astype(np.int32)[:, None],
             "_palettes": _palettes(),
         }.items():
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
+        self._blanks: dict[tuple[int, bool, torch.device], Tensor] = {}
 
     @torch.no_grad()
     def forward(self, waveforms: Sequence[NDArray[np.float32]]) -> Tensor:
         checked = [_checked(waveform) for waveform in waveforms]
-        pictures = self._palettes.new_empty((len(checked), 3, HEIGHT, WIDTH), dtype=torch.uint8)
+        pictures = self._palettes.new_empty((len(checked), 3, HEIGHT, WIDTH))
         start = 0
         while start < len(checked):
             stop, frames = start + 1, _frames(checked[start])
             while stop < len(checked) and frames + _frames(checked[stop]) <= _FRAMES_AT_ONCE:
                 frames += _frames(checked[stop])
                 stop += 1
-            pictures[start:stop] = self.draw(checked[start:stop])[..., :3].permute(0, 3, 1, 2)
+            self._draw(checked[start:stop], pictures[start:stop])
             start = stop
         return pictures
 
-    @torch.no_grad()
-    def draw(self, waveforms: Sequence[NDArray[np.float32]]) -> Tensor:
-        """Pictures of good waveforms in one go: uint8 (batch, 450, 610, 4), blue, green, red and a filler."""
-        device = self._palettes.device
+    def _draw(self, waveforms: Sequence[NDArray[np.float32]], pictures: Tensor) -> None:
+        device = pictures.device
         axes = [_time_axis(_frames(waveform)) for waveform in waveforms]
         cells, highest, lowest, map_of = self._measure(waveforms, axes)
 
         # Colours span what there is, at most 80 dB of it. Without a span, in silence, everything is level 0.
         bottom = np.maximum(lowest, highest - _TOP_DB)
         span = highest.astype(np.float64) - bottom
-        bottom_and_span = torch.from_numpy(np.stack((bottom, np.where(span > 0, span, 1))))
-        of_frames = bottom_and_span.repeat_interleave(
-            torch.tensor([len(axis.frames) for axis in axes]), dim=1
-        )
-        bottoms, spans = of_frames.to(device)[..., None]
+        frames_of = [len(axis.frames) for axis in axes]
+        of_frames = np.repeat(np.stack((bottom, np.where(span > 0, span, 1))), frames_of, axis=1)
+        bottoms, spans = torch.from_numpy(of_frames).to(device)[..., None]
         # In the reference's precisions: the difference is rounded to float32, the division done in float64.
         above = (_decibels(cells) - bottoms.float()).clamp_(min=0)
         levels = ((above.double() / spans).float() * 256).clamp_(max=255).to(torch.uint8)
 
-        # Columns beyond the axes show one more frame, of level 0, that changes no code.
-        levels = torch.cat((levels, levels.new_zeros(1, levels.shape[1]))).index_select(1, self._bin_of_row)
-        firsts = np.cumsum([0] + [len(axis.frames) for axis in axes])
-        shown = np.full((len(axes), WIDTH - _MESH_COLUMNS.start), firsts[-1])
-        for row, first, axis in zip(shown, firsts, axes, strict=False):
-            row[: len(axis.frame_of_column)] = first + axis.frame_of_column
-        columns = levels.index_select(0, torch.from_numpy(shown.ravel()).to(device)).view(*shown.shape, -1)
+        for picture, axis, own, colour_map in zip(
+            pictures, axes, levels.split(frames_of), map_of, strict=True
+        ):
+            codes = self._blank(axis).clone()
+            codes[_BOTTOM_ROW:] = torch.from_numpy(_time_labels(axis)).to(device)
+            if len(own):
+                first_of_column = torch.from_numpy(axis.frame_of_column * own.shape[1]).to(device)
+                shown = own.view(-1).index_select(0, (self._bin_of_row + first_of_column).view(-1))
+                codes[_MESH_ROWS, _MESH_COLUMNS.start : axis.right_column] += shown.view(
+                    -1, len(first_of_column)
+                )
+            flat = codes.view(-1)
+            for channel, palette in zip(picture, self._palettes[colour_map], strict=True):
+                torch.index_select(palette, 0, flat, out=channel.view(-1))
 
-        codes = torch.from_numpy(
-            np.stack([_ink(axis) + first for axis, first in zip(axes, map_of * _CODES, strict=True)])
-        ).to(device)
-        codes[:, _MESH_ROWS, _MESH_COLUMNS] += columns.transpose(1, 2)
-        colours = self._palettes.index_select(0, codes.view(-1))
-        return colours.view(torch.uint8).view(len(axes), HEIGHT, WIDTH, 4)
+    def _blank(self, axis: "_TimeAxis") -> Tensor:
+        """The codes of a picture (450, 610) without time labels, every cell at level 0. Few ever differ."""
+        key = axis.right_column, len(axis.frames) > 0, self._palettes.device
+        if key not in self._blanks:
+            self._blanks[key] = torch.from_numpy(_blank(*key[:2])).to(key[2])
+        return self._blanks[key]
 
     def _measure(
         self, waveforms: Sequence[NDArray[np.float32]], axes: Sequence["_TimeAxis"]
@@ -270,7 +275,7 @@ class _TimeAxis:
     """
 
     frames: NDArray[np.int64]
-    frame_of_column: NDArray[np.int64]
+    frame_of_column: NDArray[np.int32]
     right_column: int
     reference_width: int
     ticks: tuple[int, ...]
@@ -302,12 +307,14 @@ def _time_axis(n_frames: int) -> _TimeAxis:
 
     # tight_layout makes room at the right for as much as hangs over where the axes are at first. All in
     # matplotlib's order of operations, because some edges fall on the middle of a pixel exactly.
-    first_guess = placed(0.125 * _FIGURE_WIDTH, 0.9 * _FIGURE_WIDTH)
-    overhang = max(0.9 * _FIGURE_WIDTH, rightmost(*first_guess)) * (1 / _FIGURE_WIDTH) - 0.9
-    right = (1 - (max(overhang, 0) + _MARGIN)) * _FIGURE_WIDTH
-    end = max(right, rightmost(*placed(_left() + 15, right)))
+    first_left, first_right = 0.125 * _FIGURE_WIDTH, 0.9 * _FIGURE_WIDTH
+    over_left = 0.125 - (first_left - _LABEL_GAP - _widest_label()) * (1 / _FIGURE_WIDTH)
+    over_right = max(first_right, rightmost(*placed(first_left, first_right))) * (1 / _FIGURE_WIDTH) - 0.9
+    left = (over_left + _MARGIN) * _FIGURE_WIDTH
+    right = (1 - (max(over_right, 0) + _MARGIN)) * _FIGURE_WIDTH
+    end = max(right, rightmost(*placed(left, right)))
     right -= 15
-    slope, offset = placed(_left(), right)
+    slope, offset = placed(_widest_label() + _LABEL_GAP, right)
     positions = [slope * tick + offset for tick in ticks]
 
     right_column = math.floor(right + 0.5)
@@ -317,7 +324,7 @@ def _time_axis(n_frames: int) -> _TimeAxis:
     frames, frame_of_column = np.unique(shown, return_inverse=True)
     return _TimeAxis(
         frames,
-        frame_of_column,
+        frame_of_column.astype(np.int32),
         right_column,
         int((end / 100 - 0.15) * 100),
         tuple(math.floor(x + 0.5) for x in positions),
@@ -359,9 +366,9 @@ _FREQUENCY_TICKS = (0, *(2**octave for octave in range(6, 14)))
 
 
 @cache
-def _left() -> float:
-    """Where the axes begin: right of the widest label of a frequency."""
-    return max(_text_width(str(tick)) for tick in _FREQUENCY_TICKS) + _LABEL_GAP
+def _widest_label() -> float:
+    """Of the frequencies: the axes begin to its right."""
+    return max(_text_width(str(tick)) for tick in _FREQUENCY_TICKS)
 
 
 def _depths(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -412,35 +419,49 @@ def _print() -> _Print:
         )
 
 
-def _palettes() -> NDArray[np.int32]:
-    """What each code looks like under each colour map: blue, green, red and 0, the bytes of one number."""
+def _palettes() -> NDArray[np.uint8]:
+    """What each code looks like under each colour map: (maps, 3, codes), blue first."""
     colours = _print().colours
     once = _inked(colours, _FAINT)
     greys = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (2, 256, 3))
     codes = np.concatenate((colours, once, _inked(once, _FAINT), greys), axis=1)
-    return np.pad(codes, ((0, 0), (0, 0), (0, 1))).reshape(-1).view(np.int32)
+    return np.ascontiguousarray(codes.transpose(0, 2, 1))
 
 
-def _ink(axis: _TimeAxis) -> NDArray[np.int32]:
-    """The codes of every pixel (450, 610), those of the mesh at level 0."""
+def _blank(right_column: int, has_mesh: bool) -> NDArray[np.int32]:
     grey = _frequency_labels().copy()
-    for column in axis.ticks:
-        _draw_line(grey, _BOTTOM_ROW, _BOTTOM_ROW + 6, column, _TICK_END)
-    for text, x in axis.labels:
-        _draw_text(grey, text, x, HEIGHT - _BOTTOM + _LABEL_GAP + _LINE_ASCENT)
-    right = axis.right_column
-    for column in (_LEFT_COLUMN, right):
-        _draw_line(grey, _TOP_ROW - 1, _BOTTOM_ROW + 2, column, _FRAME_END)
-    for row in (_BOTTOM_ROW, _TOP_ROW):
-        _draw_line(grey.T, _LEFT_COLUMN - 1, right + 2, row, _FRAME_END)
-
+    _draw_frame(grey, 0, right_column)
     codes = grey.astype(np.int32) + _GREY
-    if len(axis.frames):
-        mesh = codes[_MESH_ROWS, _MESH_COLUMNS.start : right]
+    if has_mesh:
+        mesh = codes[_MESH_ROWS, _MESH_COLUMNS.start : right_column]
         mesh[:] = 0
         mesh[[0, -1]] += _ONCE_FAINT
         mesh[:, [0, -1]] += _ONCE_FAINT
     return codes
+
+
+def _time_labels(axis: _TimeAxis) -> NDArray[np.int32]:
+    """The codes of the rows from the frame's bottom line on."""
+    ink = np.zeros((HEIGHT - _BOTTOM_ROW, WIDTH + 100), np.uint8)  # wide enough for labels that are cut off
+    for column in axis.ticks:
+        ink[: len(_TICK), column - 1 : column + 2] = _TICK
+    baseline = round(HEIGHT - _BOTTOM + _LABEL_GAP + _LINE_ASCENT) - _BOTTOM_ROW
+    for text, x in axis.labels:
+        letters, bearing = _letters(text)
+        height, width = letters.shape
+        column = round(x + bearing)
+        ink[baseline + 1 - height : baseline + 1, column : column + width] |= letters
+    grey = np.minimum(_INKED_WHITE[ink[:, :WIDTH]], _frequency_labels()[_BOTTOM_ROW:])
+    _draw_frame(grey, _BOTTOM_ROW, axis.right_column)
+    return grey.astype(np.int32) + _GREY
+
+
+def _draw_frame(grey: NDArray[np.uint8], first_row: int, right_column: int) -> None:
+    """The axes' four lines, in a picture whose upper rows are missing."""
+    for column in (_LEFT_COLUMN, right_column):
+        _draw_line(grey, _TOP_ROW - 1 - first_row, _BOTTOM_ROW + 2 - first_row, column, _FRAME_END)
+    for row in (_BOTTOM_ROW, _TOP_ROW):
+        _draw_line(grey.T, _LEFT_COLUMN - 1, right_column + 2, row - first_row, _FRAME_END)
 
 
 @cache
@@ -448,8 +469,10 @@ def _frequency_labels() -> NDArray[np.uint8]:
     grey = np.full((HEIGHT, WIDTH), 255, np.uint8)
     for tick, depth in zip(_FREQUENCY_TICKS, _depths(np.array(_FREQUENCY_TICKS, float)), strict=True):
         _draw_line(grey.T, _LEFT_COLUMN - 5, _LEFT_COLUMN + 1, math.floor(depth + 0.5), _TICK_END)
-        x = _left() - _LABEL_GAP - _text_width(str(tick))
-        _draw_text(grey, str(tick), x, depth + _LINE_ASCENT / 2)
+        x = _widest_label() - _text_width(str(tick))
+        letters, bearing = _letters(str(tick))
+        row = round(depth + _LINE_ASCENT / 2) + 1 - len(letters)
+        _cover(grey, letters, row, round(x + bearing))
     return grey
 
 
@@ -462,19 +485,24 @@ def _draw_line(
     _cover(grey, coverage, start, column - 1)
 
 
-def _draw_text(grey: NDArray[np.uint8], text: str, x: float, baseline: float) -> None:
-    """One line of text with its pen's start at x, letter by letter as FreeType sets it."""
+@lru_cache(maxsize=1024)
+def _letters(text: str) -> tuple[NDArray[np.uint8], float]:
+    """The ink of a line of text, and how far right of the pen it begins: letter by letter, as FreeType does.
+
+    Its last row but one stands on the baseline.
+    """
     shapes = _print()
     glyphs = [shapes.letters.index(letter) for letter in text]
     bearing = shapes.bearing[glyphs[0]] / 64
-    coverage = np.zeros((shapes.coverage.shape[2], 16 * len(text)), np.uint8)
+    height, width = shapes.coverage.shape[2:]
+    ink = np.zeros((height, width * len(text)), np.uint8)
     pen = 0
     for glyph in glyphs:
         phase = pen % 64 // 8
         column = int(pen // 64 + shapes.left[glyph, phase] - bearing)
-        coverage[:, column : column + shapes.coverage.shape[3]] |= shapes.coverage[glyph, phase]
+        ink[:, column : column + width] |= shapes.coverage[glyph, phase]
         pen += int(shapes.advance[glyph])
-    _cover(grey, coverage, round(baseline) + 1 - len(coverage), round(x + bearing))
+    return ink, bearing
 
 
 def _text_width(text: str) -> float:
@@ -495,3 +523,7 @@ def _inked(value: NDArray[np.uint8], coverage: NDArray[np.uint8] | int) -> NDArr
     ink = np.asarray(coverage, np.int32)
     blended = value.astype(np.int32) * 255 * (256 - ink) // (255 * 256 + ink)
     return np.where(ink == 255, 0, blended).astype(np.uint8)
+
+
+_INKED_WHITE = _inked(np.full(256, 255, np.uint8), np.arange(256, dtype=np.uint8))
+_TICK = np.array([_TICK_END, _BESIDE, _BESIDE, _BESIDE, _BESIDE, _TICK_END], np.uint8)

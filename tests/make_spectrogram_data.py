@@ -13,11 +13,13 @@ colours   uint8 (2, 256, 3): the maps coolwarm and magma, BGR
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import RendererAgg, get_hinting_flag
 from matplotlib.font_manager import FontProperties
+from numpy.typing import NDArray
 
 DATA = Path(__file__).parent.parent / "clasp_core" / "data" / "spectrogram.npz"
 LETTERS = "0123456789.:-"
@@ -26,6 +28,13 @@ HEIGHT, WIDTH = 12, 11
 
 
 def main() -> None:
+    DATA.parent.mkdir(exist_ok=True)
+    np.savez_compressed(DATA, **made())
+    print(f"{DATA}: {DATA.stat().st_size} bytes")
+
+
+def made() -> dict[str, NDArray[Any]]:
+    """The data file's arrays by name."""
     if not matplotlib.__version__.startswith("3.10."):
         raise SystemExit(
             f"matplotlib {matplotlib.__version__} draws other letters than the paper's; use 3.10"
@@ -59,17 +68,14 @@ def main() -> None:
     colours = [
         matplotlib.colormaps[name](np.arange(256), bytes=False)[:, 2::-1] for name in ("coolwarm", "magma")
     ]
-    DATA.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        DATA,
-        letters=np.array(LETTERS),
-        coverage=coverage,
-        left=left,
-        bearing=bearing,
-        advance=advance,
-        colours=np.floor(np.stack(colours) * 255 + 0.5).astype(np.uint8),
-    )
-    print(f"{DATA}: {DATA.stat().st_size} bytes")
+    return {
+        "letters": np.array(LETTERS),
+        "coverage": coverage,
+        "left": left,
+        "bearing": bearing,
+        "advance": advance,
+        "colours": np.floor(np.stack(colours) * 255 + 0.5).astype(np.uint8),
+    }
 
 
 if __name__ == "__main__":

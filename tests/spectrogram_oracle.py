@@ -1,4 +1,4 @@
-"""The picture as the authors made it, by librosa and matplotlib themselves: the oracle of the spectrogram.
+"""The picture as the authors made it, by librosa and matplotlib: what clasp_core.spectrogram is held to.
 
 The steps of clasp-inference.ipynb, cell 12, on a fresh figure each time (on a reused one the size depends on
 the figures before). matplotlib 3.7 to 3.10 draw the same; 3.11 has other letters, hence another layout, which
