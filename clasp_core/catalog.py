@@ -453,10 +453,10 @@ class Catalog:
             if end is None:
                 return None
             keys = frozenset(row.recording for row in rows)
-            ready = sa.select(_recordings.c.key).where(_recordings.c.status == "ready")
             wanted = (_segments.c.model == model) & _segments.c.recording.in_(keys)
+            ready = (_recordings.c.key == _segments.c.recording) & (_recordings.c.status == "ready")
             columns = (_segments.c.recording, _segments.c.ordinal, _segments.c.vector)
-            found = db.execute(sa.select(*columns).where(wanted & _segments.c.recording.in_(ready))).all()
+            found = db.execute(sa.select(*columns).where(wanted & ready)).all()
         return Changes(
             seq=end.seq,
             token=end.token,
