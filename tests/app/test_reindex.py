@@ -1,6 +1,8 @@
 """`clasp reindex` beside a running service, which answers throughout, by one model and then by the other."""
 
+import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import sqlite3
@@ -15,8 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
+from app.answering import Answer, Answerer, Engine, EngineChanged
+from app.telemetry import Metrics
+from clasp_core.library import Library, Question
+from clasp_core.models import Part
 from tests.app.test_processes import refuses_to_start
 from tests.audio_files import encode, speech
+from tests.core.doubles import LetterTextEncoder, SpectralSpeechEncoder, add, random_vectors
 from tests.service import RunningService, clasp, environment, eventually
 
 QUESTION = "the train is late because of a tree"
@@ -207,6 +214,74 @@ def check_one_model_at_a_time(answers: list[dict[str, Any]], fingerprints: list[
     assert all(abs(scores[fingerprints[0], name] - scores[fingerprints[1], name]) > 1e-3 for name in both), (
         "the two models are too alike for this test to see a mixture"
     )
+
+
+class SmallModel:
+    """A model of letters and bands of frequency, with vectors of its own length."""
+
+    def __init__(self, dim: int) -> None:
+        self.name = self.fingerprint = f"small-{dim}"
+        self.dim = dim
+
+    def text_encoder(self) -> LetterTextEncoder:
+        return LetterTextEncoder(self.dim)
+
+    def speech_encoder(self) -> SpectralSpeechEncoder:
+        return SpectralSpeechEncoder(self.dim)
+
+    def parts(self) -> list[Part]:
+        return []
+
+
+def test_every_question_is_answered_by_one_engine(tmp_path: Path) -> None:
+    """The exchange comes at any moment, thousands of times here: texts that wait are answered all the same,
+    all of it by one model, and a vector that the other one made is sent back to be made again."""
+    engines = []
+    for dim in (8, 24):
+        model = SmallModel(dim)
+        library = Library(tmp_path / f"{dim}", model=model.fingerprint, dim=dim)
+        for number in range(5):
+            add(library, f"{number}", random_vectors(number, 2, dim))
+        engines.append(Engine(model, library))
+    expected = {
+        engine.model.fingerprint: engine.library.search(engine.text_encoder.encode(["bees"]), [Question()])[0]
+        for engine in engines
+    }
+    answerer = Answerer(engines[0], Metrics())
+    answerer.start()
+    over = threading.Event()
+
+    def exchange() -> None:
+        for engine in itertools.cycle(engines):
+            answerer.engine = engine
+            if over.wait(0.0005):
+                return
+
+    async def ask_on() -> tuple[list[Answer], list[object]]:
+        texts: list[Answer] = []
+        sounds: list[object] = []
+        for _ in range(60):
+            made_by = answerer.engine
+            vector = made_by.text_encoder.encode(["bees"])[0]
+            texts += await asyncio.gather(*(answerer.ask("bees", Question()) for _ in range(8)))
+            by_sound = (answerer.ask(vector, Question(), made_by=made_by) for _ in range(8))
+            sounds += await asyncio.gather(*by_sound, return_exceptions=True)
+        return texts, sounds
+
+    exchanging = threading.Thread(target=exchange)
+    exchanging.start()
+    try:
+        texts, sounds = asyncio.run(ask_on())
+    finally:
+        over.set()
+        exchanging.join()
+        answerer.stop()
+    answered = [answer for answer in sounds if not isinstance(answer, EngineChanged)]
+    assert 0 < len(answered) < len(sounds)
+    for answer in [*texts, *answered]:
+        assert isinstance(answer, Answer)
+        assert answer.hits == expected[answer.model.fingerprint]
+    assert {answer.model.fingerprint for answer in texts} == expected.keys()
 
 
 @pytest.mark.timeout(200)
