@@ -36,9 +36,9 @@ class Engine:
         """Loads the text encoder and brings the index up to date."""
         self.model = model
         self.library = library
-        library.refresh()
         self.text_encoder = model.text_encoder()
         self.text_encoder.encode(["warm-up"])
+        library.refresh()
         self._speech_lock = threading.Lock()
 
     def embed_recording(self, path: Path) -> NDArray[np.float32]:

@@ -36,6 +36,8 @@ MAX_ATTEMPTS = 5
 """A recording that was being processed when its worker died this many times is not tried again."""
 RETIRED_KEPT_S: Seconds = 600.0
 """How long a model's vectors outlive their use: services that have yet to follow a switch answer by them."""
+TOLERABLE = 10
+"""Recordings that a switch may lose by trouble of ours: so many, or a tenth of all if that is more."""
 FOLLOW_WITHIN_S: Seconds = 10.0
 """How long arrivals wait after a switch, so that all services can follow before anything is ready that those
 which have not yet would miss."""
@@ -375,7 +377,9 @@ class Catalog:
         with self._write() as db:
             active = _active(db)
             if model is not None and active is not None and active.fingerprint != model:
-                raise DataMismatch(f"The library was switched to another model, {active.titled()}.")
+                raise DataMismatch(
+                    f"The library was switched to another model, {active.titled()}. Set CLASP_MODEL to that."
+                )
             if _exists(db, _models.c.hold_until > time.time()):  # a switch is near, or was just now
                 return []
             return _leased(db, self._jobs.lease(db, owner, limit, lease_s))
@@ -449,10 +453,10 @@ class Catalog:
             if end is None:
                 return None
             keys = frozenset(row.recording for row in rows)
-            ready = sa.select(_recordings.c.key).where(_recordings.c.status == "ready")
             wanted = (_segments.c.model == model) & _segments.c.recording.in_(keys)
+            ready = (_recordings.c.key == _segments.c.recording) & (_recordings.c.status == "ready")
             columns = (_segments.c.recording, _segments.c.ordinal, _segments.c.vector)
-            found = db.execute(sa.select(*columns).where(wanted & _segments.c.recording.in_(ready))).all()
+            found = db.execute(sa.select(*columns).where(wanted & ready)).all()
         return Changes(
             seq=end.seq,
             token=end.token,
@@ -580,13 +584,17 @@ class Reindexing:
             return self._jobs.finish(db, key, owner, status="failed", error_code=code, error_detail=detail)
 
     def progress(self) -> Progress:
-        ready = _recordings.c.status == "ready"
         with self._catalog._read() as db:
-            embedded, left, total = (
-                db.execute(sa.select(sa.func.count()).where(which)).scalar_one()
-                for which in (ready & self._has("ready"), ready & ~self._tried, ready)
-            )
-        return Progress(embedded, left, total)
+            total, jobs = self._counts(db)
+        embedded = jobs.get("ready", 0)
+        return Progress(embedded, total - embedded - jobs.get("failed", 0), total)
+
+    def _counts(self, db: sa.Connection) -> tuple[int, dict[str, int]]:
+        """Ready recordings; and jobs by status, of which no other recording has any."""
+        ready = sa.select(sa.func.count()).where(_recordings.c.status == "ready")
+        jobs = sa.select(_reindexing.c.status, sa.func.count()).where(self._jobs.scope)
+        by_status = {status: count for status, count in db.execute(jobs.group_by(_reindexing.c.status))}
+        return int(db.execute(ready).scalar_one()), by_status
 
     def is_done(self) -> bool:
         """Whether the model is the active one already."""
@@ -599,7 +607,8 @@ class Reindexing:
         In one transaction each recording becomes what this model made of it: `ready`, or `failed` with
         the reason; what the model before could not have, for reasons of ours, waits to be tried anew, and
         so does what is being embedded by it at this moment. Returns (id: reason) of those that failed.
-        Raises ProcessingFailed where all of them did, for reasons of ours; the next run tries them anew.
+        Raises ProcessingFailed where that would be all of them, or many, for reasons of ours (a broken
+        installation, a disk that is not mounted): the next run tries those anew.
         """
         with self._catalog._write() as db:
             if self._is_active(db):
@@ -607,18 +616,17 @@ class Reindexing:
                 return {}
             if _exists(db, (_recordings.c.status == "ready") & ~self._tried):
                 return None
-            if not self._is_hopeless(db):
+            ours = self._jobs.scope & (_reindexing.c.error_code == ProcessingFailed.code)
+            lost = db.execute(sa.select(sa.func.count()).where(ours)).scalar_one()
+            total, jobs = self._counts(db)
+            if not lost or (lost <= max(TOLERABLE, total // 10) and jobs.get("ready")):
                 return self._switch(db)
-            db.execute(sa.delete(_reindexing).where(self._jobs.scope))
+            db.execute(sa.delete(_reindexing).where(ours))
         raise ProcessingFailed(
-            f"No recording could be embedded by {self.model.titled()}: the log says why. The library"
-            " stays with the model that it has."
+            f"{lost} of {total} recordings could not be embedded by {self.model.titled()}, for reasons that"
+            " are not theirs; the log has them. The library stays with the model that it has. Run it again"
+            " to try them anew."
         )
-
-    def _is_hopeless(self, db: sa.Connection) -> bool:
-        """That no recording succeeded, and some failed for reasons of ours: they are the model's then."""
-        failed = self._jobs.scope & (_reindexing.c.error_code == ProcessingFailed.code)
-        return _exists(db, failed) and not _exists(db, self._jobs.scope & (_reindexing.c.status == "ready"))
 
     def _switch(self, db: sa.Connection) -> dict[str, str]:
         ready, update = _recordings.c.status == "ready", sa.update(_recordings)
@@ -627,7 +635,8 @@ class Reindexing:
         afresh = {"status": "pending", "attempts": 0, "error_code": None, "error_detail": None}
         db.execute(update.where((_recordings.c.status == "failed") & ours).values(afresh))
         at_work = (_recordings.c.status == "processing") & _recordings.c.lease_owner.is_not(None)
-        back = {"status": "pending", "attempts": _recordings.c.attempts - 1, "lease_owner": None}
+        free = {"lease_owner": None, "lease_until": None}
+        back = {"status": "pending", "attempts": _recordings.c.attempts - 1} | free
         db.execute(update.where(at_work).values(back))
 
         query = sa.select(_recordings.c.key, _recordings.c.id, _reindexing.c.error_detail)
@@ -635,7 +644,9 @@ class Reindexing:
         taken = ("status", "duration_s", "segments", "error_code", "error_detail")
         made = {name: _reindexing.c[name] for name in taken} | {"model": self.model.fingerprint}
         db.execute(update.where(ready & job).values(made))
-        db.execute(sa.delete(_reindexing).where(self._jobs.scope))
+        still_ready = sa.select(_recordings.c.key).where(ready)
+        of_others = _reindexing.c.recording.not_in(still_ready)
+        db.execute(sa.delete(_reindexing).where(self._jobs.scope | of_others))
         _note_change(db, [row.key for row in failures])
         _activate(db, self.model)
         hold_until = time.time() + FOLLOW_WITHIN_S
@@ -650,11 +661,8 @@ class Reindexing:
     @property
     def _tried(self) -> sa.ColumnElement[bool]:
         """That the model has vectors of a recording, or a reason why not."""
-        return self._has("ready", "failed")
-
-    def _has(self, *statuses: str) -> sa.ColumnElement[bool]:
         job = (_reindexing.c.recording == _recordings.c.key) & self._jobs.scope
-        return sa.exists().where(job & _reindexing.c.status.in_(statuses))
+        return sa.exists().where(job & _reindexing.c.status.in_(("ready", "failed")))
 
     def _is_active(self, db: sa.Connection) -> bool:
         active = _active(db)
@@ -662,7 +670,7 @@ class Reindexing:
 
     def _announce(self, db: sa.Connection) -> None:
         if not _exists(db, self._row & (_models.c.state == "coming")):
-            _put(db, self.model, state="coming")
+            _put(db, self.model, "coming")
 
     def _hold(self, db: sa.Connection, hold_s: Seconds) -> None:
         if self.holding:
@@ -671,6 +679,9 @@ class Reindexing:
 
     def _enqueue(self, db: sa.Connection) -> bool:
         """Make jobs of ready recordings that have none; those that arrived since the last time, mostly."""
+        total, jobs = self._counts(db)
+        if total == sum(jobs.values()):
+            return False
         job = (_reindexing.c.recording == _recordings.c.key) & self._jobs.scope
         model, pending, none = sa.literal(self.model.fingerprint), sa.literal("pending"), sa.literal(0)
         query = sa.select(_recordings.c.key, model, pending, none).where(_recordings.c.status == "ready")
@@ -792,24 +803,27 @@ def _active(db: sa.Connection) -> StoredModel | None:
 
 def _activate(db: sa.Connection, model: StoredModel) -> None:
     others = (_models.c.state == "active") & (_models.c.fingerprint != model.fingerprint)
-    retired = {"state": "retired", "kept_until": time.time() + RETIRED_KEPT_S}
-    db.execute(sa.update(_models).where(others).values(retired))
-    _put(db, model, state="active")
+    _retire(db, others)
+    _put(db, model, "active")
 
 
 def _put(db: sa.Connection, model: StoredModel, state: str) -> None:
-    db.execute(sa.delete(_models).where(_models.c.fingerprint == model.fingerprint))
     row = {"fingerprint": model.fingerprint, "name": model.name, "dim": model.dim, "state": state}
-    db.execute(sa.insert(_models).values(row))
+    known = _models.c.fingerprint == model.fingerprint
+    if not db.execute(sa.update(_models).where(known).values(row)).rowcount:
+        db.execute(sa.insert(_models).values(row))
+
+
+def _retire(db: sa.Connection, which: sa.ColumnElement[bool]) -> None:
+    retired = {"state": "retired", "kept_until": time.time() + RETIRED_KEPT_S, "hold_until": None}
+    db.execute(sa.update(_models).where(which).values(retired))
 
 
 def _retire_others(db: sa.Connection, model: StoredModel) -> None:
     """Give up the re-indexes to other models at which nobody is at work. One that goes on says so again."""
-    now = time.time()
-    alive = sa.select(_reindexing.c.model).where(_reindexing.c.lease_until > now)
+    alive = sa.select(_reindexing.c.model).where(_reindexing.c.lease_until > time.time())
     left = (_models.c.state == "coming") & (_models.c.fingerprint != model.fingerprint)
-    retired = {"state": "retired", "kept_until": now + RETIRED_KEPT_S, "hold_until": None}
-    db.execute(sa.update(_models).where(left & _models.c.fingerprint.not_in(alive)).values(retired))
+    _retire(db, left & _models.c.fingerprint.not_in(alive))
 
 
 def _exists(db: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:

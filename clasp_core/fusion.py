@@ -8,6 +8,7 @@ called `..._text` are the *speech* side; shapes, never names, say which branch i
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -40,7 +41,7 @@ def _branch(inputs: int, first: int = 768) -> nn.Sequential:
 
 
 def _narrow_branch(inputs: int) -> nn.Sequential:
-    """The trunk of the early (wav2vec 2.0) models' branches, up to its 576-wide end."""
+    """The trunk of the early (wav2vec 2.0) models' branches, 576 wide at its end."""
     return nn.Sequential(
         nn.Linear(inputs, 576),
         nn.BatchNorm1d(576),
@@ -51,11 +52,12 @@ def _narrow_branch(inputs: int) -> nn.Sequential:
         nn.LeakyReLU(),
         nn.Dropout(0.10),
         nn.Linear(384, 576),
+        nn.LeakyReLU(),
     )
 
 
 def _early_branch(inputs: int) -> nn.Sequential:
-    return nn.Sequential(*_narrow_branch(inputs), nn.LeakyReLU(), nn.Linear(576, DIM))
+    return nn.Sequential(*_narrow_branch(inputs), nn.Linear(576, DIM))
 
 
 def _early_gating_branch(inputs: int) -> nn.Sequential:
@@ -129,24 +131,18 @@ class GatingFusion(Fusion):
         super().__init__()
         self.image_seq = picture_branch
         self.text_seq = speech_branch
-        self.input_gate_text = nn.Linear(DIM, DIM)
-        self.input_gate_image = nn.Linear(DIM, DIM)
-        self.forget_gate_text = nn.Linear(DIM, DIM)
-        self.forget_gate_image = nn.Linear(DIM, DIM)
-        self.tanh_text = nn.Linear(DIM, DIM)
-        self.tanh_image = nn.Linear(DIM, DIM)
+        self.input_gate_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
+        self.input_gate_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
+        self.forget_gate_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
+        self.forget_gate_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
+        self.tanh_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
+        self.tanh_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
         self.weight = nn.Sequential(nn.Linear(2 * DIM, 2 * DIM))
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
         said, seen = self.text_seq(speech), self.image_seq(picture)
-        said = (
-            self.input_gate_text(said).sigmoid() * self.tanh_text(said).tanh()
-            + self.forget_gate_text(said).sigmoid() * said
-        )
-        seen = (
-            self.input_gate_image(seen).sigmoid() * self.tanh_image(seen).tanh()
-            + self.forget_gate_image(seen).sigmoid() * seen
-        )
+        said = self.input_gate_text(said) * self.tanh_text(said) + self.forget_gate_text(said) * said
+        seen = self.input_gate_image(seen) * self.tanh_image(seen) + self.forget_gate_image(seen) * seen
         of_said, of_seen = self.weight(torch.cat((said, seen), dim=1)).softmax(dim=1).chunk(2, dim=1)
         fused: Tensor = of_said * said + of_seen * seen
         return fused
@@ -195,15 +191,19 @@ class TransformerFusion(Fusion):
         super().__init__()
         self.image_seq = picture_branch
         self.audio_seq = speech_branch
+        self.image_transformer_encoder = self._transformer()
+        self.audio_transformer_encoder = self._transformer()
+        self.mix_seq, self.fc = _mix(2 * 576)[:3], _mix(2 * 576)[3:]
+
+    @staticmethod
+    def _transformer() -> nn.TransformerEncoder:
         layer = nn.TransformerEncoderLayer(576, 8, 1152, 0.1, batch_first=True)
-        self.audio_transformer = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-        self.image_transformer = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-        self.mix_seq = _mix(2 * 576)
+        return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
-        said = self.audio_transformer(self.audio_seq(speech).unsqueeze(1)).squeeze(1)
-        seen = self.image_transformer(self.image_seq(picture).unsqueeze(1)).squeeze(1)
-        fused: Tensor = self.mix_seq(torch.cat((said, seen), dim=1))
+        said = self.audio_transformer_encoder(self.audio_seq(speech).unsqueeze(1)).squeeze(1)
+        seen = self.image_transformer_encoder(self.image_seq(picture).unsqueeze(1)).squeeze(1)
+        fused: Tensor = self.fc(self.mix_seq(torch.cat((said, seen), dim=1)))
         return fused
 
 
@@ -268,6 +268,7 @@ def create(layout: str, speech_dim: int = SPEECH_DIM, picture_dim: int = PICTURE
 def restore(layout: str, state: Mapping[str, Tensor]) -> Fusion:
     """The fusion with these weights, in eval mode: input widths are read from the branches' first layers.
 
+    Gates may be named as bare layers, without the `.0` of the notebook's Sequential (weights and the sigmoid).
     Raises ModelUnavailable where a name is missing, left over, or of another shape.
     """
     template = LAYOUTS[layout].build(1, 1)
@@ -277,6 +278,7 @@ def restore(layout: str, state: Mapping[str, Tensor]) -> Fusion:
         return 1 if first is None or first.ndim != 2 else first.shape[1]
 
     fusion = create(layout, width(template.speech_branch), width(template.picture_branch))
+    state = {_GATE.sub(r"\1.0.\2", name): tensor for name, tensor in state.items()}
     try:
         fusion.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -285,6 +287,9 @@ def restore(layout: str, state: Mapping[str, Tensor]) -> Fusion:
         reason = " ".join(str(error).split())
         raise ModelUnavailable(f"These are not the weights of a {layout!r} fusion: {reason}") from error
     return fusion.eval().requires_grad_(False)
+
+
+_GATE = re.compile(r"^((?:input_gate|forget_gate|tanh)_(?:text|image)|weight)\.(weight|bias)$")
 
 
 # --- losses

@@ -24,7 +24,7 @@ from clasp_core.types import Seconds
 PATIENCE = 3
 """Handfuls of recordings that may arrive and put off the switch, before arrivals have to wait for it."""
 HOPEFUL = 20
-"""Steps without any recording embedded after which it is the model's trouble, and not the recordings'."""
+"""Steps in vain after which it is the machine's or the model's trouble, and not the recordings'."""
 
 
 Result = Literal["switched", "nothing to do", "stopped"]
@@ -73,28 +73,33 @@ class Reindexer:
         """Embed what lacks vectors of the library's new model, until none does; then switch to it.
 
         A recording that cannot be embedded is `failed` after the switch. Raises ProcessingFailed where
-        no recording can, for reasons that are not theirs; the library then stays as it is.
+        none can any more, or too many could not, for reasons that are not theirs; the library then stays as
+        it is, and a later run goes on from there.
         """
         queue = self._library.catalog.reindexing(self._library.stored_model)
         if queue.is_done():
             queue.switch()  # tidies up after runs to other models that were given up
             return Outcome("nothing to do")
-        steps = small_steps = 0
+        least, completed = queue.progress().left, 0
+        vain_steps = small_steps = 0
         while not self._stopping.is_set():
             worked = self._step(queue)
             progress = queue.progress()
             observe(progress)
             if worked:
-                steps += 1
-                if not progress.embedded and steps >= HOPEFUL:
-                    raise ProcessingFailed("Nothing can be embedded by this model here; the log says why.")
+                in_vain = queue.completed == completed and progress.left >= least
+                vain_steps = vain_steps + 1 if in_vain else 0
+                if vain_steps >= HOPEFUL:
+                    raise ProcessingFailed("Nothing more can be embedded by this model; the log says why.")
+                least, completed = min(least, progress.left), queue.completed
                 small_steps += worked < ingest.TOGETHER and progress.left <= ingest.TOGETHER
                 queue.holding = small_steps >= PATIENCE
-            elif (failed := queue.switch()) is not None:
-                return Outcome("switched", queue.completed, failed)
-            elif progress.left:  # it is in the hands of another run: arrivals need not wait for that
+            elif progress.left and not queue.is_done():
+                # it is in the hands of another run: arrivals need not wait for that
                 small_steps, queue.holding = 0, False
                 self._stopping.wait(poll_s)
+            elif (failed := queue.switch()) is not None:
+                return Outcome("switched", queue.completed, failed)
         return Outcome("stopped", queue.completed)
 
     def _step(self, queue: Reindexing) -> int:

@@ -43,13 +43,14 @@ class SpectralSpeechEncoder:
 class LetterTextEncoder:
     """A fixed random projection of which letters a text has, by their numbers modulo 64."""
 
-    dim = DIM
-
-    def __init__(self) -> None:
-        self._projection = np.random.default_rng(2).normal(size=(64, DIM))
+    def __init__(self, dim: int = DIM) -> None:
+        self.dim = dim
+        self._projection = np.random.default_rng(2).normal(size=(64, dim))
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         counts = [np.bincount([ord(letter) % 64 for letter in text] or [0], minlength=64) for text in texts]
+        if not counts:
+            return np.empty((0, self.dim), np.float32)
         return unit(np.stack(counts) @ self._projection)
 
 
@@ -114,7 +115,7 @@ def upload(library: Library, content: bytes, recording_id: str | None = None, **
 def add(library: Library, recording_id: str, vectors: Embeddings, **fields: object) -> Recording:
     """A ready recording whose bytes are its id and whose segments have these vectors."""
     recording = upload(library, recording_id.encode(), recording_id, **fields)
-    assert complete(library.catalog, recording, vectors)
+    assert complete(library.catalog, recording, vectors, library.model)
     return library.catalog.get(recording_id)
 
 

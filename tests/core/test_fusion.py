@@ -27,7 +27,7 @@ MIX = [
     ),
 ]
 GATES = [
-    f"{gate}.{name}"
+    f"{gate}.0.{name}"
     for gate in (
         "input_gate_text",
         "input_gate_image",
@@ -35,7 +35,7 @@ GATES = [
         "forget_gate_image",
         "tanh_text",
         "tanh_image",
-        "weight.0",
+        "weight",
     )
     for name in ("weight", "bias")
 ]
@@ -122,7 +122,7 @@ def test_gating_weighs_all_dimensions_of_both_by_one_softmax() -> None:
 
     def gated(modality: str, x: Tensor) -> Tensor:
         def linear(name: str) -> Tensor:
-            return x @ state[f"{name}_{modality}.weight"].T + state[f"{name}_{modality}.bias"]
+            return x @ state[f"{name}_{modality}.0.weight"].T + state[f"{name}_{modality}.0.bias"]
 
         return (
             torch.sigmoid(linear("input_gate")) * torch.tanh(linear("tanh"))
@@ -159,6 +159,18 @@ def test_a_branch_that_is_there_counts(layout: str) -> None:
     vectors = network(speech, picture)
     assert torch.equal(network(-speech, picture), vectors) == (network.speech_branch is None)
     assert torch.equal(network(speech, -picture), vectors) == (network.picture_branch is None)
+
+
+def test_gates_may_be_named_without_their_activation() -> None:
+    """Other implementers write the gates as bare layers; the same 46 tensors must not be turned away."""
+    network = lived_in("gating")
+    state = {
+        name.replace(".0.", ".") if name.split(".")[0] not in ("text_seq", "image_seq") else name: tensor
+        for name, tensor in network.state_dict().items()
+    }
+    assert "tanh_text.weight" in state
+    speech, picture = torch.randn(3, 1024), torch.randn(3, 1000)
+    torch.testing.assert_close(fusion.restore("gating", state)(speech, picture), network(speech, picture))
 
 
 def test_weights_of_another_layout_are_refused() -> None:

@@ -421,6 +421,44 @@ def test_what_the_old_model_could_not_have_for_our_reasons_is_tried_by_the_new(o
     assert new.catalog.get("silent").status == "failed"
 
 
+def test_many_that_are_lost_put_off_the_switch(open_as: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk with half of the recordings is not mounted at the moment: nothing wrong with them, and they
+    are searched as before until it is."""
+    monkeypatch.setattr(catalog_module, "TOLERABLE", 3)
+    old = open_as(OLD)
+    contents = fill(old, [f"tone-{number}" for number in range(20)])
+    paths = [old.store.path(old.catalog.get(f"tone-{number}").sha256) for number in range(4)]
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(ProcessingFailed, match="4 of 20 recordings"):
+        reindex(open_as)
+    check_answers(old, contents)
+    for path in paths[:2]:
+        path.with_suffix(".away").rename(path)
+    outcome = reindex(open_as)
+    assert (outcome.result, outcome.embedded) == ("switched", 2)
+    assert outcome.failed.keys() == {"tone-2", "tone-3"}
+
+
+def test_trouble_in_the_middle_fails_no_recording(open_as: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU falls off the bus after half of the work. What is left is nobody's fault, and is done later."""
+    monkeypatch.setattr(ingest, "AFTER_FAILURE_S", 0.0)
+    old = open_as(OLD)
+    contents = fill(old, [f"tone-{number}" for number in range(30)])
+    batches: list[int] = []
+
+    def fall_off(waveforms: Sequence[Waveform]) -> None:
+        batches.append(len(waveforms))
+        if len(batches) > 2:
+            raise RuntimeError("CUDA error: device lost")
+
+    with pytest.raises(ProcessingFailed, match="Nothing more"):
+        reindexer(open_as(NEW, reindex=True), fall_off).run(poll_s=0.02)
+    check_answers(old, contents)
+    assert reindex(open_as) == Outcome("switched", 14)
+    check_answers(open_as(NEW), contents)
+
+
 @pytest.mark.parametrize("count", [2, 12])
 def test_a_model_that_can_embed_nothing_is_not_switched_to(
     open_as: Opener, monkeypatch: pytest.MonkeyPatch, count: int
