@@ -193,7 +193,8 @@ class TransformerFusion(Fusion):
         self.audio_seq = speech_branch
         self.image_transformer_encoder = self._transformer()
         self.audio_transformer_encoder = self._transformer()
-        self.mix_seq, self.fc = _mix(2 * 576)[:3], _mix(2 * 576)[3:]
+        mix = _mix(2 * 576)
+        self.mix_seq, self.fc = mix[:3], mix[3:]
 
     @staticmethod
     def _transformer() -> nn.TransformerEncoder:
@@ -268,7 +269,7 @@ def create(layout: str, speech_dim: int = SPEECH_DIM, picture_dim: int = PICTURE
 def restore(layout: str, state: Mapping[str, Tensor]) -> Fusion:
     """The fusion with these weights, in eval mode: input widths are read from the branches' first layers.
 
-    Gates may be named as bare layers, without the `.0` of the notebook's Sequential (weights and the sigmoid).
+    Gates may be named as bare layers, without the `.0` of the notebook's Sequential.
     Raises ModelUnavailable where a name is missing, left over, or of another shape.
     """
     template = LAYOUTS[layout].build(1, 1)
