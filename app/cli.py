@@ -187,6 +187,8 @@ def reindex(
         _fail("stopped before the switch; run it again to go on from here")
     if outcome.result == "switched" and not as_json:
         sys.stdout.write(f"switched: the library is searched by {named} from now on\n")
+        if model not in (None, settings.model):
+            sys.stdout.write("Set CLASP_MODEL to it before anything is started anew.\n")
 
 
 @cli.command(help="Find recordings by a question in any language.")

@@ -11,6 +11,7 @@ from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.workers import Supervisor
+from clasp_core.catalog import StoredModel
 from clasp_core.errors import ClaspError, ModelUnavailable
 from clasp_core.library import Library
 from clasp_core.models import Model
@@ -98,15 +99,15 @@ class Service:
         """A snapshot now and then, so that a start after a crash has little to catch up with; and the vectors
         of models that are needed no more are dropped, but for the one that this service cannot leave yet."""
         while not self._closing.wait(SAVE_EVERY_S):
+            library = self.library
             started = time.perf_counter()
             try:
-                library = self.library
                 if not library.is_current():
                     library.catalog.keep(library.model)
                 library.catalog.forget_retired()
                 library.save_index()
-            except OSError as error:
-                _log.warning("index snapshot failed; it will be rebuilt at need", error=str(error))
+            except Exception as error:
+                _log.warning("no snapshot of the index; it will be rebuilt at need", error=str(error))
             else:
                 _log.debug("index snapshot", seconds=round(time.perf_counter() - started, 3))
 
@@ -116,18 +117,25 @@ class Service:
         while not self._closing.wait(pause):
             pause = LOOK_EVERY_S
             try:
-                if not self.library.is_current():
-                    self._go_over()
+                active = self.library.catalog.active()
+                if active is not None and active.fingerprint != self.library.model:
+                    self._go_over(active)
                 self._cannot_follow = None
             except Exception as error:
                 pause = TRY_AGAIN_AFTER_S
-                self._say_why_not(error)
+                detail = error.detail if isinstance(error, ClaspError) else f"{type(error).__name__}: {error}"
+                reason = (
+                    f"The library was switched to another model, which this service cannot follow: {detail}"
+                    f" It goes on answering by {self.model.name}."
+                )
+                if reason != self._cannot_follow:
+                    _log.error("cannot follow the library to its model", reason=reason, exc_info=error)
+                self._cannot_follow = reason
 
-    def _go_over(self) -> None:
+    def _go_over(self, active: StoredModel) -> None:
         """Answer by the library's new model, which is loaded first, and let it have workers of its own."""
-        active = self.library.catalog.active()
-        if active is None or not active.name:
-            raise ModelUnavailable("Nobody said what it is called.")
+        if not active.name:
+            raise ModelUnavailable(f"Nobody said what {active.fingerprint} is called.")
         _log.info("the library has another model; loading it", model=active.name)
         settings = self.settings.model_copy(update={"model": active.name})
         model, library = open_configured_library(settings)
@@ -138,7 +146,7 @@ class Service:
             raise
         self.answerer.engine = engine
         self.metrics.observe_model(model.name, model.fingerprint)
-        _log.info("questions are answered by the new model", model=model.name, fingerprint=model.fingerprint)
+        _log.warning("another model answers; set CLASP_MODEL before the next start", model=active.name)
         left.library.catalog.close()
         if self._closing.is_set():
             return
@@ -151,14 +159,3 @@ class Service:
             if self._closing.wait(0.1):
                 break
         self._exchanging_workers = False
-
-    def _say_why_not(self, error: Exception) -> None:
-        active = self.library.catalog.active()
-        detail = error.detail if isinstance(error, ClaspError) else f"{type(error).__name__}: {error}"
-        reason = (
-            f"The library was switched to the model {active.titled() if active else 'of nobody'}, which this"
-            f" service cannot follow: {detail} It goes on answering by {self.model.name}."
-        )
-        if reason != self._cannot_follow:
-            _log.error("cannot follow the library to its new model", reason=reason, exc_info=error)
-        self._cannot_follow = reason

@@ -9,7 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from app.answering import Answer, Answerer, Engine, EngineChanged
 from app.telemetry import Metrics
 from clasp_core.library import Library, Question
 from clasp_core.models import Part
+from clasp_core.types import Embeddings
 from tests.app.test_processes import refuses_to_start
 from tests.audio_files import encode, speech
 from tests.core.doubles import LetterTextEncoder, SpectralSpeechEncoder, add, random_vectors
@@ -216,6 +218,14 @@ def check_one_model_at_a_time(answers: list[dict[str, Any]], fingerprints: list[
     )
 
 
+class Unhurried(LetterTextEncoder):
+    """Leaves time for something to happen between encoding and searching."""
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        time.sleep(0.002)
+        return super().encode(texts)
+
+
 class SmallModel:
     """A model of letters and bands of frequency, with vectors of its own length."""
 
@@ -224,7 +234,7 @@ class SmallModel:
         self.dim = dim
 
     def text_encoder(self) -> LetterTextEncoder:
-        return LetterTextEncoder(self.dim)
+        return Unhurried(self.dim)
 
     def speech_encoder(self) -> SpectralSpeechEncoder:
         return SpectralSpeechEncoder(self.dim)

@@ -542,6 +542,30 @@ def test_there_and_back_again(open_as: Opener, tmp_path: Path, monkeypatch: pyte
     check_answers(open_as(OLD), contents)
 
 
+@pytest.mark.timeout(60)
+def test_two_ways_at_once_do_not_hinder_each_other(open_as: Opener) -> None:
+    """Somebody tries two models. The second to arrive has the last word, also on what the first lost."""
+    third = StoredModel("3" * 16, "third", 8)
+    old = open_as(OLD)
+    contents = fill(old, [f"tone-{number}" for number in range(12)])
+    batches: list[int] = []
+
+    def overtake(_: object) -> None:
+        batches.append(1)
+        if len(batches) == 2:
+            path = old.store.path(old.catalog.get("tone-0").sha256)  # which this run has done already
+            path.rename(path.with_suffix(".away"))
+            outcome = reindex(open_as)
+            assert (outcome.result, outcome.failed.keys()) == ("switched", {"tone-0"})
+
+    last = reindexer(open_as(third, reindex=True), overtake).run(poll_s=0.02)
+    assert last == Outcome("switched", 12)
+    del contents["tone-0"]
+    new = open_as(third)
+    ingest_all(new)
+    check_answers(new, contents)
+
+
 def test_a_way_that_was_given_up_leaves_nothing(
     open_as: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
