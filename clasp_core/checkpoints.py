@@ -110,8 +110,8 @@ def convert(source: Path, target: Path | None = None, *, deadline_s: Seconds | N
     """Write the tensors of a torch checkpoint to `target`, by default where `readable` says.
 
     Names, shapes and dtypes stay; tensors that share memory are written apart. The same source gives the same
-    bytes. The target's metadata are `format`, `made_by`, `class` (see `Conversion.holds`), `source_sha256`. It
-    is complete or absent; where one was, it is replaced.
+    bytes. Target's metadata: `format`, `made_by`, `class` (see `Conversion.holds`), `source_sha256`. It is
+    complete or absent; where one was, it is replaced.
 
     deadline_s: by default two minutes, and a second for each 10 MB.
 

@@ -65,24 +65,24 @@ class PaperBackbone:
 
     def __init__(self, system: System, parts: Mapping[str, Path], device: torch.device) -> None:
         cuda = device.type == "cuda"
-        self._speech = self._efficientnet = None
+        self.speech = self.pictures = self.spectrogram = None
         if system.speech is not None:
             dtype = torch.bfloat16 if cuda else torch.float32
-            self._speech = SelfSupervisedSpeechEncoder.load(parts["speech"], dtype).to(device)
+            self.speech = SelfSupervisedSpeechEncoder.load(parts["speech"], dtype).to(device)
         if system.spectrogram is not None:
-            self._efficientnet = EfficientNetB7.load(parts["spectrogram"], channels_last=cuda).to(device)
-            self._pictures = SpectrogramPictures().to(device)
-        self.picture_rate = None if self._efficientnet is None else PICTURE_RATE
+            self.spectrogram = EfficientNetB7.load(parts["spectrogram"], channels_last=cuda).to(device)
+            self.pictures = SpectrogramPictures().to(device)
+        self.picture_rate = None if self.pictures is None else PICTURE_RATE
 
     @torch.inference_mode()
     def __call__(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None) -> Branches:
         speech = picture = None
-        if self._speech is not None:
-            speech = self._speech(waveforms)
-        if self._efficientnet is not None:
+        if self.speech is not None:
+            speech = self.speech(waveforms)
+        if self.spectrogram is not None and self.pictures is not None:
             if pictured is None or len(pictured) != len(waveforms):
                 raise ValueError(f"each segment is needed at {PICTURE_RATE} Hz too, for its picture")
-            picture = self._efficientnet(self._pictures(pictured))
+            picture = self.spectrogram(self.pictures(pictured))
         return Branches(speech, picture)
 
 
