@@ -1,4 +1,4 @@
-"""`python -m tests.bench_paper [--device cuda] [--clips N] [--small]`: the cost of the paper's model, by stage.
+"""`python -m tests.bench_paper [--device cuda] [--clips N] [--small]`: what each stage of the model costs.
 
 The encoders have their published sizes and random weights: HuBERT-large, EfficientNet-B7, LaBSE's BERT-base
 and the fusion, about 3.4 GB on disk in a temporary folder. Clips are the bundled samples cut to 5 s, the

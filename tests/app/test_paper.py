@@ -7,6 +7,8 @@ nothing; that the same recording gives the same vector, and every refusal, does.
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from clasp_core import fusion
+from clasp_core.checkpoints import readable
 from clasp_core.errors import InvalidAudio
 from clasp_core.hub import PUBLISHED
 from clasp_core.ingest import embed_recording, mean_vector
@@ -169,6 +172,44 @@ def test_the_fingerprint_is_of_every_part(models_dir: Path, tmp_path: Path) -> N
         path.write_text(path.read_text() + "\n")
         fingerprints.add(open_model("paper", models_dir=copy).fingerprint)
     assert len(fingerprints) == 4
+
+
+def test_published_pickles_convert_and_serve(models_dir: Path, tmp_path: Path) -> None:
+    """The authors published whole pickled modules, and HuBERT and EfficientNet have no safetensors either.
+
+    A folder filled with them by hand must come to the same vectors, by nothing but `clasp models convert`.
+    """
+    copy = tmp_path / "models"
+    shutil.copytree(models_dir, copy)
+    hubert = PUBLISHED["hubert-large"].location(copy) / "pytorch_model.bin"
+    efficientnet = PUBLISHED["efficientnet-b7"].location(copy).with_suffix(".pth")
+    fused = PUBLISHED["clasp-concat"].location(copy).with_suffix(".pt")
+    torch.save(load_file(hubert.with_name("model.safetensors")), hubert)
+    torch.save(load_file(efficientnet.with_suffix(".safetensors")), efficientnet)
+    notebook = (
+        "import sys, torch; from safetensors.torch import load_file\n"
+        "exec(open(sys.argv[1]).read().split('# --- what must be converted')[0])\n"
+        f"module = HubertLabseConcat({WIDTH}, 1000, 768, 576, 1024, 800)\n"
+        "module.load_state_dict(load_file(sys.argv[2])); torch.save(module, sys.argv[3])\n"
+    )
+    classes = Path(__file__).parent.parent / "core" / "checkpoint_files.py"
+    weights = PUBLISHED["clasp-concat"].location(copy)
+    subprocess.run([sys.executable, "-c", notebook, classes, weights, fused], check=True)
+    assert b"__main__" in fused.read_bytes()
+    for pickle in (hubert, efficientnet, fused):
+        readable(pickle).unlink()
+    done = clasp("search", "bees", cwd=tmp_path, model="paper", models_dir=copy)
+    assert "lacks its speech part" in done.stderr
+    for pickle in (hubert, efficientnet, fused):
+        converted = clasp("models", "convert", pickle, cwd=tmp_path)
+        assert converted.returncode == 0, converted.stderr
+    vectors = [
+        embed_recording(open_model("paper", models_dir=folder).speech_encoder(), CLIPS[0], max_duration_s=60)[
+            0
+        ].vector
+        for folder in (models_dir, copy)
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
 
 
 def test_a_missing_part_is_named(models_dir: Path, tmp_path: Path) -> None:
