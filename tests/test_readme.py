@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,15 @@ def test_compose_and_dockerfile_agree_with_the_service() -> None:
     from app.settings import Settings
 
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    service = compose["services"]["clasp"]
-    settings = {f"CLASP_{name.upper()}" for name in Settings.model_fields}
-    assert set(service["environment"]) <= settings
-    assert service["volumes"] == ["index_data:/data"]
+    settings = {f"CLASP_{name.upper()}" for name in Settings.model_fields} | {"HF_ENDPOINT"}
+    for service in compose["services"].values():
+        assert set(service["environment"]) <= settings
+    cpu, gpu = compose["services"]["clasp"], compose["services"]["clasp-gpu"]
+    assert cpu["volumes"] == ["index_data:/data"]
+    assert gpu["environment"]["CLASP_MODEL"] == "${CLASP_GPU_MODEL:-paper}"
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(gpu["build"]["args"]["EXTRAS"].split(",")) <= set(extras)
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert set(re.findall(r"\bCLASP_[A-Z_]+(?==)", dockerfile)) <= settings
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE):
