@@ -80,9 +80,10 @@ def render(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def reference_width(samples: int) -> int:
-    """How many columns, 606 to 610, the reference's picture of so many samples at 22,050 Hz has.
+    """How many columns the reference's picture of so many samples at 22,050 Hz has: 608 to 610, of hours 606.
 
-    It follows from the length alone: how far the last tick's label reaches over the axes' end.
+    It follows from the length alone: how far the last tick's label reaches over the axes' end. Raises
+    ValueError for less than one sample.
     """
     if samples < 1:
         raise ValueError(f"a waveform has at least one sample, not {samples}")
@@ -94,7 +95,8 @@ class SpectrogramPictures(nn.Module):
 
     Waveforms, each (n,) float32 at 22,050 Hz, to uint8 (batch, 3, 450, 610), blue first: 0 to 255 as the
     reference feeds them to its network. Each picture is independent of its batch. Memory beside the pictures
-    is bounded whatever the waveforms' lengths. Raises as `render`. Not differentiable.
+    is bounded whatever the waveforms' lengths. Raises as `render`. Not differentiable. The device has to know
+    float64, as CPUs and CUDA do.
     """
 
     _window_bits: Tensor

@@ -58,7 +58,7 @@ def edge_cases(speech: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         "89 frames, an edge on half a pixel": noise[: 88 * 512],
         "712 frames, an edge on half a pixel": noise[: 711 * 512],
         "12 s": noise[: 12 * RATE],
-        "606 columns": noise[: 44 * 512],
+        "608 columns": noise[: 21 * 512],
         "59.9 s": noise[: int(59.9 * RATE)],
         "70 s, minutes": noise * (1 + np.sin(time)),
         "tone": 0.5 * np.sin(2 * np.pi * 440 * time[: 4 * RATE]),

@@ -7,7 +7,6 @@ the paper's network never saw.
 
 import io
 import warnings
-from pathlib import Path
 
 import librosa
 import librosa.display
@@ -22,14 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def reference_waveform(path: Path) -> NDArray[np.float32]:
-    """A recording as the authors load it: mono, 22,050 Hz, soxr's HQ resampling."""
-    waveform, _ = librosa.load(path)
-    return waveform
-
-
 def reference_picture(waveform: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 (450, 606 to 610, 3), blue first, as cv2.imread gives what savefig wrote."""
+    """uint8 (450, about 610, 3), blue first, as cv2.imread gives what savefig wrote."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "n_fft=2048 is too large for input signal")
         spectrum = np.abs(librosa.stft(waveform))
