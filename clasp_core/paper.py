@@ -23,7 +23,7 @@ from clasp_core.encoders.efficientnet_b7 import EfficientNetB7
 from clasp_core.encoders.hubert import SelfSupervisedSpeechEncoder
 from clasp_core.encoders.sentence import SentenceEncoder
 from clasp_core.errors import ModelUnavailable
-from clasp_core.spectrogram import PICTURE_RATE, SpectrogramPictures
+from clasp_core.spectrogram import PICTURE_RATE, SpectrogramPictures, reference_width
 from clasp_core.systems import Inputs, System
 from clasp_core.types import Embeddings, Waveform
 
@@ -82,8 +82,24 @@ class PaperBackbone:
         if self.spectrogram is not None and self.pictures is not None:
             if pictured is None or len(pictured) != len(waveforms):
                 raise ValueError(f"each segment is needed at {PICTURE_RATE} Hz too, for its picture")
-            picture = self.spectrogram(self.pictures(pictured))
+            picture = self._logits(pictured)
         return Branches(speech, picture)
+
+    def _logits(self, pictured: Sequence[Waveform]) -> Tensor:
+        """EfficientNet's logits (n, 1000) of the pictures, each as wide as the reference's.
+
+        Its time labels make that 608 to 610 columns, and the network's padding is not indifferent to it,
+        so pictures go through it with those of their own width.
+        """
+        assert self.spectrogram is not None
+        assert self.pictures is not None
+        pictures = self.pictures(pictured)
+        widths = [reference_width(len(waveform)) for waveform in pictured]
+        logits = torch.empty(len(pictured), self.spectrogram.dim, device=pictures.device)
+        for width in set(widths):
+            places = [place for place, own in enumerate(widths) if own == width]
+            logits[places] = self.spectrogram(pictures[places, :, :, :width])
+        return logits
 
 
 class PaperSpeechEncoder:
