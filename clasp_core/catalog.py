@@ -448,10 +448,12 @@ class Catalog:
         query = sa.select(_changes).where((_changes.c.seq > after) & ours[0] & ~sa.exists().where(again))
         newest = sa.select(_changes).where(_changes.c.seq > after).order_by(_changes.c.seq.desc()).limit(1)
         with self._read() as db:
-            rows = db.execute(query.order_by(_changes.c.seq).limit(limit)).all()
-            end = rows[-1] if len(rows) == limit else db.execute(newest).one_or_none()
+            end = db.execute(newest).one_or_none()
             if end is None:
                 return None
+            upto = query.where(_changes.c.seq <= end.seq).order_by(_changes.c.seq)
+            rows = db.execute(upto.limit(limit)).all()
+            end = rows[-1] if len(rows) == limit else end
             keys = frozenset(row.recording for row in rows)
             wanted = (_segments.c.model == model) & _segments.c.recording.in_(keys)
             ready = (_recordings.c.key == _segments.c.recording) & (_recordings.c.status == "ready")

@@ -352,7 +352,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
 
     folder = tmp_path / "many"
     folder.mkdir()
-    for seed in range(16):
+    for seed in range(12):
         (folder / f"{seed}.wav").write_bytes(recording(seed))
     assert clasp("index", folder, cwd=tmp_path).returncode == 0
     with reindexing(tmp_path, other) as process:
@@ -363,7 +363,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
     assert complaints == "clasp: stopped before the switch; run it again to go on from here\n"
     assert json.loads(printed)["result"] == "stopped"
     done = json.loads(printed)["embedded"]
-    assert 0 < done < 16
+    assert 0 < done < 12
 
     command = [sys.executable, "-m", "app.cli", "worker"]
     with (
@@ -373,7 +373,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
         try:
             shown = clasp("reindex", "--model", other, cwd=tmp_path)
             assert shown.returncode == 0, shown.stderr
-            assert shown.stdout.startswith(f"{16 - done} embedded, 0 failed\nswitched: ")
+            assert shown.stdout.startswith(f"{12 - done} embedded, 0 failed\nswitched: ")
             catalog = Catalog(f"sqlite:///{tmp_path / 'index_data' / 'catalog.sqlite3'}")
             store = AudioStore(tmp_path / "index_data" / "audio")
             with store.receive() as upload:
