@@ -1,6 +1,7 @@
 """What pictures are compared on, and how: shared by the tests and by tests.picture_gate."""
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ SHIFTS = range(-2, 3)
 
 
 def load(path: Path) -> NDArray[np.float32]:
-    """A recording as librosa.load gives it: mono, 22,050 Hz, soxr's HQ resampling."""
+    """A recording as librosa.load gives it: mono, 22,050 Hz, soxr's HQ resampling, its length rounded up."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     resampled: NDArray[np.float32] = soxr.resample(samples.mean(axis=1), rate, RATE, quality="HQ")
-    return resampled
+    return np.pad(resampled, (0, max(0, math.ceil(len(samples) * RATE / rate) - len(resampled))))
 
 
 def speech(folder: Path, n: int) -> dict[str, Path]:
