@@ -327,6 +327,7 @@ def list_models(as_json: AsJson = False) -> None:
                 "parts": [
                     {
                         "role": part.role,
+                        "key": part.key,
                         "title": part.title,
                         "licence": part.licence,
                         "source": part.source,
@@ -340,18 +341,23 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"models": described})
         return
-    console = Console()
+    roles = ("speech", "spectrogram", "fusion", "text")
+    models = Table("model", "ready", *roles, "about", box=None)
+    parts_table = Table("part", "what", "licence", "MB", "here", "from", box=None)
+    seen: set[str] = set()
     for entry in described:
-        state = "ready to use" if entry["available"] else "parts are missing"
-        title = f"{entry['name']}: {state} ({entry['about']})"
-        table = Table(
-            "part", "what", "licence", "MB", "here", "from", box=None, title=title, title_justify="left"
-        )
+        keys = {part["role"]: part["key"] for part in entry["parts"]}
+        ready = "yes" if entry["available"] else "no"
+        models.add_row(entry["name"], ready, *(keys.get(role, "") for role in roles), entry["about"])
         for part in entry["parts"]:
-            size = "?" if part["bytes"] is None else f"{part['bytes'] / 1e6:.0f}"
+            if part["key"] in seen or part["bytes"] is None:
+                continue
+            seen.add(part["key"])
             here = "yes" if part["path"] else "no"
-            table.add_row(part["role"], part["title"], part["licence"], size, here, part["source"])
-        console.print(table)
+            megabytes = f"{part['bytes'] / 1e6:.0f}"
+            row = (part["key"], part["title"], part["licence"], megabytes, here, part["source"])
+            parts_table.add_row(*row)
+    Console().print(models, "", parts_table)
 
 
 @models_cli.command(help="Check a model's fusion: names, shapes, values; with recordings, its inputs too.")
@@ -372,14 +378,14 @@ def verify(
     else:
         sys.stdout.write(
             f"{found.model}: {found.layout}, {found.entries} entries, {found.parameters} parameters,"
-            f" all finite, trained over {found.batches} batches\n"
+            f" all finite{'' if found.batches is None else f', trained over {found.batches} batches'}\n"
         )
         for branch, conventions in found.fits.items():
             for inputs, fit in conventions.items():
                 sys.stdout.write(
                     f"  {branch} inputs {inputs}: offset {fit.offset:.3f}, spread {fit.spread:.3f}\n"
                 )
-    if not found.batches:
+    if found.batches == 0:
         _fail("this fusion was never trained: its batch statistics are the initial ones")
     if found.inputs not in (None, found.configured):
         _fail(

@@ -67,6 +67,8 @@ class _Published:
     revision: str
     """A commit; or a branch, where none was seen. Then the commit that answers first is the one."""
     files: tuple[PublishedFile, ...]
+    megabytes: int
+    """What is to be fetched, as the published pages round it."""
 
     def location(self, models_dir: Path) -> Path:
         """Where encoders read it: a part of one file is that file, in safetensors; else its folder."""
@@ -81,12 +83,6 @@ class _Published:
             if file.name.endswith((".safetensors", *_PICKLES))
         ]
         return self.location(models_dir) if all(path.is_file() for path in weights) else None
-
-    @property
-    def size_bytes(self) -> int | None:
-        """All files together, where every size is known."""
-        sizes = [file.size for file in self.files]
-        return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +111,10 @@ class WebFile(_Published):
         return self.address
 
 
-def _clasp(title: str, name: str) -> Repository:
+def _clasp(title: str, name: str, megabytes: int) -> Repository:
     # Seen: the tree of main at 79624ff (no full hash), four .pt files, 125 MB together, licence MIT:
     # huggingface.co/llm-lab/CLASP/tree/main
-    return Repository(title, "MIT", "llm-lab/CLASP", "main", (PublishedFile(name),))
+    return Repository(title, "MIT", "llm-lab/CLASP", "main", (PublishedFile(name),), megabytes)
 
 
 PUBLISHED: dict[str, Repository | WebFile] = {
@@ -140,6 +136,7 @@ PUBLISHED: dict[str, Repository | WebFile] = {
                 "pytorch_model.bin", "9cf43abec3f0410ad6854afa4d376c69ccb364b48ddddfd25c4c5aa16398eab0"
             ),
         ),
+        1262,
     ),
     "wav2vec2-base": Repository(
         "wav2vec 2.0 base, 960 h",
@@ -175,6 +172,7 @@ PUBLISHED: dict[str, Repository | WebFile] = {
                 377_607_901,
             ),
         ),
+        378,
     ),
     "labse": Repository(
         "LaBSE",
@@ -203,6 +201,7 @@ PUBLISHED: dict[str, Repository | WebFile] = {
             ),
             PublishedFile("model.safetensors"),
         ),
+        1884,
     ),
     "xlm-r": Repository(
         "XLM-R, multilingual paraphrases",
@@ -222,6 +221,7 @@ PUBLISHED: dict[str, Repository | WebFile] = {
             PublishedFile("1_Pooling/config.json"),
             PublishedFile("model.safetensors"),
         ),
+        1112,
     ),
     "efficientnet-b7": WebFile(
         "EfficientNet-B7, ImageNet-1k, of torchvision",
@@ -230,12 +230,13 @@ PUBLISHED: dict[str, Repository | WebFile] = {
         "",
         # PyTorch's server publishes the hash as the last eight digits of the name.
         (PublishedFile("efficientnet_b7_lukemelas-c5b4e57e.pth", "c5b4e57e"),),
+        267,
         "https://download.pytorch.org/models/efficientnet_b7_lukemelas-c5b4e57e.pth",
     ),
-    "clasp-concat": _clasp("CLASP fusion, concatenation", "CLASP_Concat_Final_Fusion_Encoder.pt"),
-    "clasp-gating": _clasp("CLASP fusion, gating", "CLASP_Gating.pt"),
-    "lasp-concat": _clasp("LASP fusion, concatenation", "LASP_Concat.pt"),
-    "lasp-gating": _clasp("LASP fusion, gating", "LASP_Gating.pt"),
+    "clasp-concat": _clasp("CLASP fusion, concatenation", "CLASP_Concat_Final_Fusion_Encoder.pt", 25),
+    "clasp-gating": _clasp("CLASP fusion, gating", "CLASP_Gating.pt", 37),
+    "lasp-concat": _clasp("LASP fusion, concatenation", "LASP_Concat.pt", 25),
+    "lasp-gating": _clasp("LASP fusion, gating", "LASP_Gating.pt", 37),
 }
 
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -57,6 +57,8 @@ class Part:
     """One pretrained or trained part of a model, for `clasp models list`."""
 
     role: str
+    key: str
+    """Its name for `clasp models fetch`, or the package's; parts of several models are one by it."""
     title: str
     licence: str
     source: str
@@ -125,7 +127,7 @@ class MiniModel:
     def __init__(self, name: str, dim: int, fusion: Path, models_dir: Path | None, device: str) -> None:
         self.name = name
         self.dim = dim
-        self._fusion = fusion
+        self.fusion = fusion
         self._models_dir = models_dir
         self._device = device
 
@@ -134,17 +136,17 @@ class MiniModel:
         from clasp_core.mini import PRETRAINED
 
         parts = [weights.sources[0].sha256 for weights in PRETRAINED.values()]
-        return _digest([PROCESSING, *parts, sha256_of(self._fusion)])
+        return _digest([PROCESSING, *parts, sha256_of(self.fusion)])
 
     def text_encoder(self) -> TextEncoder:
         from clasp_core.mini import MiniTextEncoder
 
-        return MiniTextEncoder(self._fusion, self._models_dir, resolve_device(self._device))
+        return MiniTextEncoder(self.fusion, self._models_dir, resolve_device(self._device))
 
     def speech_encoder(self) -> SpeechEncoder:
         from clasp_core.mini import MiniSpeechEncoder
 
-        return MiniSpeechEncoder(self._fusion, self._models_dir, resolve_device(self._device))
+        return MiniSpeechEncoder(self.fusion, self._models_dir, resolve_device(self._device))
 
     def parts(self) -> list[Part]:
         from clasp_core.mini import PRETRAINED
@@ -152,9 +154,25 @@ class MiniModel:
         def part(role: str, weights: PinnedWeights) -> Part:
             found = weights.found(self._models_dir)
             source = " or ".join(f"{s.distribution}=={s.version}" for s in weights.sources)
-            return Part(role, weights.title, weights.licence, source, _size(found), found)
+            return Part(
+                role,
+                weights.sources[0].distribution,
+                weights.title,
+                weights.licence,
+                source,
+                _size(found),
+                found,
+            )
 
-        trained = Part("fusion", "trained by this project", "MIT", "here", _size(self._fusion), self._fusion)
+        trained = Part(
+            "fusion",
+            f"{self.name} fusion",
+            "trained by this project",
+            "MIT",
+            "here",
+            _size(self.fusion),
+            self.fusion,
+        )
         return [*(part(role, weights) for role, weights in PRETRAINED.items()), trained]
 
 
@@ -191,17 +209,19 @@ class PaperModel:
         def part(role: str, key: str) -> Part:
             published = PUBLISHED[key]
             found = None if self._models_dir is None else published.found(self._models_dir)
-            size = _size(found) if found else published.size_bytes
-            return Part(role, published.title, published.licence, published.source, size, found)
+            size = _size(found) if found else published.megabytes * 1_000_000
+            return Part(role, key, published.title, published.licence, published.source, size, found)
 
         parts = [part(role, key) for role, key in self.system.pretrained.items()]
         if self._fusion is not None:
             fusion = self._fusion if self._fusion.is_file() else None
-            parts.append(Part("fusion", "a model folder's own", "its own", "here", _size(fusion), fusion))
+            parts.append(
+                Part("fusion", "own", "a model folder's own", "its own", "here", _size(fusion), fusion)
+            )
         elif self.system.weights is not None:
             parts.append(part("fusion", self.system.weights))
         else:
-            parts.append(Part("fusion", "was not published: train it", "-", "-", None, None))
+            parts.append(Part("fusion", "-", "was not published: train it", "-", "-", None, None))
         return parts
 
     def located(self) -> dict[str, Path]:

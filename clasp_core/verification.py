@@ -14,6 +14,7 @@ import torch
 from clasp_core import fusion
 from clasp_core.errors import InvalidAudio, ModelUnavailable
 from clasp_core.ingest import recording_segments
+from clasp_core.mini import load_fusion as load_mini_fusion
 from clasp_core.models import MiniModel, PaperModel, open_model, resolve_device
 from clasp_core.paper import Branches, PaperBackbone, fits, load_fusion
 from clasp_core.systems import SYSTEMS, Inputs
@@ -26,7 +27,8 @@ ENOUGH_SEGMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. `batches` is how many training batches the fusion's statistics were gathered over.
+    """What was found. `batches` is how many training batches the fusion's statistics were gathered over, None
+    for a fusion that keeps none.
 
     `fits` holds, for each branch and each convention of its inputs, how far they are from the training
     inputs (`fusion.Fit`); `inputs` is the convention that fits, None without recordings.
@@ -36,7 +38,7 @@ class Verification:
     layout: str
     entries: int
     parameters: int
-    batches: int
+    batches: int | None
     configured: Inputs
     inputs: Inputs | None
     fits: dict[str, dict[Inputs, fusion.Fit]]
@@ -44,7 +46,7 @@ class Verification:
     @property
     def right(self) -> bool:
         """Whether nothing speaks against serving it as it is configured."""
-        return self.batches > 0 and self.inputs in (None, self.configured)
+        return self.batches != 0 and self.inputs in (None, self.configured)
 
     def as_json(self) -> dict[str, Any]:
         described = asdict(self) | {"right": self.right}
@@ -58,7 +60,7 @@ class Verification:
 def verify(
     target: str, clips: Sequence[Path] = (), *, models_dir: Path | None = None, device: str = "cpu"
 ) -> Verification:
-    """Check a system's fusion: `target` is a model's name or folder, or a converted `.safetensors` file.
+    """Check a model's fusion: `target` is a model's name or folder, or a converted `.safetensors` file.
 
     With clips, their encoder vectors are pushed through the first layer of each branch, brought to unit
     length and as they are, and compared with the running statistics of the BatchNorm behind it.
@@ -67,6 +69,8 @@ def verify(
     or (with clips) an encoder is missing; InvalidAudio, also for too few clips.
     """
     model = _opened(target, models_dir, device)
+    if isinstance(model, MiniModel):
+        return _verified_mini(model)
     located = model.parts()[-1].path
     if located is None:
         model.located()  # says what is missing
@@ -96,16 +100,32 @@ def verify(
     )
 
 
-def _opened(target: str, models_dir: Path | None, device: str) -> PaperModel:
+def _verified_mini(model: MiniModel) -> Verification:
+    """Its pretrained parts are pinned by sha256; its fusion has no batch statistics to compare with."""
+    for part in model.parts():
+        if part.path is None:
+            raise ModelUnavailable(f"The {part.role} part, {part.source}, is not on this machine.")
+    fusion = load_mini_fusion(model.fusion)
+    return Verification(
+        model=model.name,
+        layout="mini",
+        entries=len(fusion.state_dict()),
+        parameters=sum(parameter.numel() for parameter in fusion.parameters()),
+        batches=None,
+        configured="raw",
+        inputs=None,
+        fits={},
+    )
+
+
+def _opened(target: str, models_dir: Path | None, device: str) -> PaperModel | MiniModel:
     if target.endswith(".safetensors"):
         path = Path(target)
         if not path.is_file():
             raise ModelUnavailable(f"There is no file {path}.")
         return PaperModel(path.stem, SYSTEMS[_system_of(path)], path, models_dir, device)
     model = open_model(target, models_dir=models_dir, device=device)
-    if isinstance(model, MiniModel):
-        raise ModelUnavailable("The embedded model's files are verified by their sha256 at every start.")
-    assert isinstance(model, PaperModel)
+    assert isinstance(model, PaperModel | MiniModel)
     return model
 
 

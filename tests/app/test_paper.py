@@ -259,7 +259,8 @@ def test_the_list_says_what_is_here(models_dir: Path, tmp_path: Path) -> None:
     assert [entry["name"] for entry in without if entry["available"]] == ["mini"]
     done = clasp("models", "list", cwd=tmp_path)
     assert done.returncode == 0
-    assert "hubert-large" in done.stdout
+    for word in ("hubert-large", "1262", "Apache-2.0", "huggingface.co/facebook/hubert-large-ls960-ft"):
+        assert word in done.stdout
 
 
 def test_verify_tells_how_the_inputs_were_prepared(models_dir: Path, tmp_path: Path) -> None:
@@ -267,6 +268,7 @@ def test_verify_tells_how_the_inputs_were_prepared(models_dir: Path, tmp_path: P
     found = models_json("verify", "paper", cwd=tmp_path, models_dir=models_dir)
     assert (found["entries"], found["layout"], found["right"]) == (43, "concat", True)
     assert found["inputs"] is None
+    assert models_json("verify", "mini", cwd=tmp_path)["right"]
 
     # fusions whose statistics were gathered from these very encoders, fed the one way or the other
     model = open_model("paper", models_dir=models_dir)

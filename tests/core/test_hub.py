@@ -74,11 +74,12 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
                     PublishedFile("config.json"),
                     PublishedFile("dense/model.safetensors", sha256(WEIGHTS), len(WEIGHTS)),
                 ),
+                1,
             ),
-            "one": Repository("One", "MIT", "others/fusion", "main", (PublishedFile("one.pt"),)),
-            "two": Repository("Two", "MIT", "others/fusion", "main", (PublishedFile("two.safetensors"),)),
+            "one": Repository("One", "MIT", "others/fusion", "main", (PublishedFile("one.pt"),), 1),
+            "two": Repository("Two", "MIT", "others/fusion", "main", (PublishedFile("two.safetensors"),), 1),
             "three": Repository(
-                "Three", "MIT", "others/fusion", "main", (PublishedFile("three.safetensors"),)
+                "Three", "MIT", "others/fusion", "main", (PublishedFile("three.safetensors"),), 1
             ),
             "net": WebFile(
                 "Net",
@@ -86,6 +87,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
                 "web",
                 "",
                 (PublishedFile("net-0000.bin", sha256(net)[:8]),),
+                1,
                 f"{served.endpoint}/models/net-0000.bin",
             ),
         }
