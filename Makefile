@@ -1,7 +1,7 @@
 # Everything from a clean checkout; Python 3.11+ and make are all that is needed.
 #   make demo    index the bundled recordings and ask about them in several languages
 #   make serve   serve on 127.0.0.1:8000
-#   make test    the test suite            make check   format, lint, types, import rules
+#   make test    the test suite            make check   format, lint, types, import rules, containers
 #   make bench   side-by-side measurements make golden  regenerate what tests pin
 # Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
 # whose default index serves CUDA builds (none is installed on a machine whose index serves CPU builds).
@@ -45,9 +45,14 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench_index
+	$(BIN)/python -m tests.picture_gate
+	$(BIN)/python -m tests.bench_paper --clips 8
 
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make

@@ -3,9 +3,10 @@
 Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong usage.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from app.settings import Settings
 from clasp_core.errors import ClaspError
+from clasp_core.systems import SYSTEMS
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +33,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON.")]
 Lang = Annotated[str | None, typer.Option(help="BCP 47 language tag.")]
 Collection = Annotated[str, typer.Option(help="Name of the collection.")]
 
+_FETCHABLE = (
+    "hubert-large, wav2vec2-base, labse, xlm-r, efficientnet-b7, clasp-concat, clasp-gating, lasp-concat,"
+    f" lasp-gating; or a system, for all that is published of it: {', '.join(SYSTEMS)}."
+)
 _SERVE_HELP = f"""Serve the HTTP API, with one ingest worker.
 
 Settings, from the environment or a .env file:
@@ -299,7 +305,9 @@ def train(config: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) 
     sys.stdout.write(f"{run(read_config(config))}\n")
 
 
-@models_cli.command("list", help="Every model, its parts, and whether they are on this machine.")
+@models_cli.command(
+    "list", help="Every model, where its parts come from, and whether they are on this machine."
+)
 def list_models(as_json: AsJson = False) -> None:
     from clasp_core.models import AVAILABLE, open_model
 
@@ -308,18 +316,21 @@ def list_models(as_json: AsJson = False) -> None:
     for name in AVAILABLE:
         model = open_model(name, models_dir=settings.models_dir)
         parts = model.parts()
+        available = all(part.path is not None for part in parts)
         described.append(
             {
                 "name": name,
-                "fingerprint": model.fingerprint,
+                "about": model.about,
+                "fingerprint": model.fingerprint if available else None,
                 "dim": model.dim,
-                "available": all(part.path is not None for part in parts),
+                "available": available,
                 "parts": [
                     {
                         "role": part.role,
                         "title": part.title,
                         "licence": part.licence,
-                        "bytes": part.path.stat().st_size if part.path else None,
+                        "source": part.source,
+                        "bytes": part.size_bytes,
                         "path": str(part.path) if part.path else None,
                     }
                     for part in parts
@@ -329,15 +340,125 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"models": described})
         return
+    console = Console()
     for entry in described:
         state = "ready to use" if entry["available"] else "parts are missing"
+        title = f"{entry['name']}: {state} ({entry['about']})"
         table = Table(
-            "part", "what", "licence", "MB", box=None, title=f"{entry['name']}: {state}", title_justify="left"
+            "part", "what", "licence", "MB", "here", "from", box=None, title=title, title_justify="left"
         )
         for part in entry["parts"]:
-            size = f"{part['bytes'] / 1e6:.0f}" if part["bytes"] else "missing"
-            table.add_row(part["role"], part["title"], part["licence"], size)
-        Console().print(table)
+            size = "?" if part["bytes"] is None else f"{part['bytes'] / 1e6:.0f}"
+            here = "yes" if part["path"] else "no"
+            table.add_row(part["role"], part["title"], part["licence"], size, here, part["source"])
+        console.print(table)
+
+
+@models_cli.command(help="Check a model's fusion: names, shapes, values; with recordings, its inputs too.")
+def verify(
+    model: Annotated[str, typer.Argument(help="A system's name, a model folder, or a .safetensors file.")],
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A short recording of speech; give several."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.verification import verify as verify_model
+
+    settings = Settings()
+    found = verify_model(model, audio or [], models_dir=settings.models_dir, device=settings.device)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        sys.stdout.write(
+            f"{found.model}: {found.layout}, {found.entries} entries, {found.parameters} parameters,"
+            f" all finite, trained over {found.batches} batches\n"
+        )
+        for branch, conventions in found.fits.items():
+            for inputs, fit in conventions.items():
+                sys.stdout.write(
+                    f"  {branch} inputs {inputs}: offset {fit.offset:.3f}, spread {fit.spread:.3f}\n"
+                )
+    if not found.batches:
+        _fail("this fusion was never trained: its batch statistics are the initial ones")
+    if found.inputs not in (None, found.configured):
+        _fail(
+            f"its statistics say the inputs were {found.inputs!r}, but {found.configured!r} is configured:"
+            f' set "inputs": "{found.inputs}" in the system of a model folder\'s model.json'
+        )
+
+
+@models_cli.command(help="Fetch published weights into CLASP_MODELS_DIR; an interrupted fetch goes on.")
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="PART", help=_FETCHABLE)],
+    revision: Annotated[
+        list[str] | None, typer.Option(metavar="PART=REV", help="Another commit or branch of a part.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.hub import GROUPS, PUBLISHED
+    from clasp_core.hub import fetch as fetch_parts
+
+    if unknown := [name for name in names if name not in PUBLISHED and name not in GROUPS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join([*PUBLISHED, *GROUPS])}")
+    revisions = {}
+    for text in revision or []:
+        part, equals, commit = text.partition("=")
+        if not (part and equals and commit):
+            raise typer.BadParameter(f"--revision is PART=REV, not {text!r}")
+        revisions[part] = commit
+    settings = Settings()
+    if settings.models_dir is None:
+        _fail("set CLASP_MODELS_DIR to the folder where weights shall be kept")
+    with _transfers(hidden=as_json) as progress:
+        files = fetch_parts(
+            names,
+            settings.models_dir,
+            revisions=revisions,
+            endpoint=settings.hub_endpoint,
+            progress=progress,
+        )
+    described = [
+        {
+            "part": file.part,
+            "path": str(file.path),
+            "sha256": file.sha256,
+            "bytes": file.size,
+            "commit": file.commit,
+            "state": file.how,
+        }
+        for file in files
+    ]
+    if as_json:
+        _print_json({"files": described})
+        return
+    table = Table("part", "file", "MB", "state", box=None)
+    for file in files:
+        name = str(file.path.relative_to(settings.models_dir))
+        table.add_row(file.part, name, f"{file.size / 1e6:.1f}", file.how)
+    Console().print(table)
+
+
+@models_cli.command("convert", help="Turn a torch checkpoint into safetensors without running what it holds.")
+def convert_checkpoint(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="By default FILE with the suffix .safetensors.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from clasp_core.checkpoints import convert
+
+    made = convert(file, out)
+    if as_json:
+        _print_json(
+            {
+                "path": str(made.path),
+                "class": made.holds,
+                "tensors": made.tensors,
+                "source_sha256": made.source_sha256,
+            }
+        )
+    else:
+        sys.stdout.write(f"{made.path}: {made.holds}, {made.tensors} tensors\n")
 
 
 # --- inside
@@ -361,6 +482,30 @@ def _progress_bar(label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - rich's 
         return track(items, label, total=total, console=console, disable=hidden or not console.is_terminal)
 
     return wrap
+
+
+@contextlib.contextmanager
+def _transfers(*, hidden: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each file on its way; yields what to call with its name, the bytes there, and all of them."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        disable=hidden or not console.is_terminal,
+    ) as bars:
+
+        def advance(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield advance
 
 
 def _print_json(value: Any) -> None:  # noqa: ANN401

@@ -36,7 +36,10 @@ STATUS_OF: dict[str, int] = {
     "id_conflict": 409,
     "model_unavailable": 503,
     "weights_mismatch": 503,
+    "invalid_checkpoint": 503,
+    "unsafe_checkpoint": 503,
     "data_mismatch": 503,
+    "index_unavailable": 503,
     "processing_failed": 500,
     "not_ready": 503,
     # --- raised by this layer

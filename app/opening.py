@@ -5,6 +5,7 @@ from pathlib import Path
 from app.settings import Settings
 from clasp_core.library import Library
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
+from clasp_core.vectors import store_for
 
 
 def open_configured_model(settings: Settings, name: str | None = None) -> Model:
@@ -27,6 +28,7 @@ def open_configured_library(
         dim=model.dim,
         name=_lasting_name(model.name),
         database_url=settings.database_url,
+        new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
         reindex=reindex,
     )
     return model, library

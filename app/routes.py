@@ -141,7 +141,7 @@ def list_recordings(
     collection: OptionalText = None,
     status: OptionalStatus = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
-    cursor: OptionalText = None,
+    cursor: str | None = None,
 ) -> RecordingPage:
     found, following = service.library.page(collection=collection, status=status, cursor=cursor, limit=limit)
     return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -11,21 +11,32 @@ class Settings(BaseSettings):
     """Names in the environment carry the prefix `CLASP_`, e.g. `CLASP_DATA_DIR`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CLASP_", env_file=".env", extra="ignore", frozen=True, use_attribute_docstrings=True
+        env_prefix="CLASP_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_name=True,
     )
 
     model: str = "mini"
     """`mini`, the embedded default, or a model folder."""
     models_dir: Path | None = None
     """Folder looked at first for pretrained weights."""
+    hub_endpoint: Annotated[
+        str, Field(validation_alias=AliasChoices("CLASP_HUB_ENDPOINT", "HF_ENDPOINT"))
+    ] = "https://huggingface.co"
+    """Where `clasp models fetch` finds the Hugging Face hub, or a mirror; else HF_ENDPOINT says."""
     data_dir: Path = Path("index_data")
     """Everything the service stores."""
     database_url: str | None = None
     """The catalogue; by default a SQLite file in the data directory."""
-    vector_store: Literal["faiss"] = "faiss"
-    """Where vectors are searched."""
+    vector_store: Literal["faiss", "torch"] = "faiss"
+    """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
+    vector_store_half: bool = False
+    """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` takes a GPU where there is one."""
+    """Where models run and vectors are searched; `auto` takes a GPU where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each model process; 0 means half of the cores, at least one."""
     workers: Annotated[int, Field(ge=0, le=64)] = 1

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from uuid import uuid4
 
-import numpy as np
 import orjson
 import structlog
 
@@ -22,7 +21,7 @@ from app.settings import Settings
 from app.telemetry import Metrics
 from clasp_core.catalog import Catalog
 from clasp_core.errors import DataMismatch
-from clasp_core.ingest import Ingester, Timings
+from clasp_core.ingest import Ingester, Timings, warm_up
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.types import Seconds
@@ -30,8 +29,6 @@ from clasp_core.types import Seconds
 _log = structlog.get_logger()
 
 READY_LINE = b"ready\n"
-_WARM_UP_SAMPLES = 15 * 16_000
-"""The longest segment there is: memory and speed are then what they will stay."""
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
 
@@ -78,7 +75,7 @@ def _ingester(
     settings: Settings, model: Model, library: Library, owner: str | None, supervised: bool
 ) -> Ingester:
     encoder = model.speech_encoder()
-    encoder.encode([np.zeros(_WARM_UP_SAMPLES, np.float32)])
+    warm_up(encoder)
     return Ingester(
         library,
         encoder,

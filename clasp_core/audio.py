@@ -1,4 +1,4 @@
-"""Turns any audio file into blocks of mono 16 kHz samples, streamed in bounded memory.
+"""Turns any audio file into blocks of mono samples at one rate, streamed in bounded memory.
 
 Owns formats, down-mixing, resampling and every refusal of unusable sound. The decoders are C libraries and
 run in this very process: hand bytes from strangers to `clasp_core.sandbox`, which wraps this module.
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from clasp_core.errors import AudioTooLong, EmptyAudio, NonFiniteAudio, SilentAudio, UndecodableAudio
 from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
 
-BLOCK_SAMPLES = 10 * SAMPLING_RATE
-"""Length of every block `decode` yields but the last, which may be shorter."""
+BLOCK_S = 10
+"""Seconds in every block that `decode` yields but the last, which may be shorter."""
 
 MAX_CHANNELS = 32
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000
@@ -104,8 +104,8 @@ class AudioStream(Iterator[Waveform]):
         return self._info
 
 
-def decode(file: AudioFile, *, max_duration_s: Seconds) -> AudioStream:
-    """Decode the first audio track of a file to mono float32 at 16 kHz, in blocks of 10 s.
+def decode(file: AudioFile, *, max_duration_s: Seconds, sampling_rate: int = SAMPLING_RATE) -> AudioStream:
+    """Decode the first audio track of a file to mono float32 at `sampling_rate` Hz, in blocks of 10 s.
 
     The format is recognised by content. Channels are averaged. Samples are never scaled or clipped, so
     loud sources may exceed [-1, 1]; floats beyond 100 are integers in disguise and refused. A damaged or
@@ -119,7 +119,7 @@ def decode(file: AudioFile, *, max_duration_s: Seconds) -> AudioStream:
 
     The last three may follow blocks already yielded, so act on a recording only once it has ended well.
     """
-    return AudioStream(_decode(file, max_duration_s))
+    return AudioStream(_decode(file, max_duration_s, sampling_rate))
 
 
 @dataclass(slots=True)
@@ -146,32 +146,35 @@ class _Facts:
         self.sampling_rate, self.channels, self.codec = rate, channels, codec
 
 
-def _decode(file: AudioFile, max_duration_s: Seconds) -> Generator[Waveform, None, AudioInfo]:
+def _decode(
+    file: AudioFile, max_duration_s: Seconds, sampling_rate: int
+) -> Generator[Waveform, None, AudioInfo]:
     facts = _Facts()
     total, peak = 0, 0.0
-    block, filled = np.empty(BLOCK_SAMPLES, np.float32), 0
+    length = BLOCK_S * sampling_rate
+    block, filled = np.empty(length, np.float32), 0
     with _opened(file) as source:
         source.seek(0)
         if not source.read(1):
             raise EmptyAudio("The file is empty; check that it was saved and sent completely.")
-        for samples in _resampled(_mono(_frames(source, facts))):
+        for samples in _resampled(_mono(_frames(source, facts)), sampling_rate):
             total += len(samples)
-            if total > max_duration_s * SAMPLING_RATE + 1:  # resampling may round up by a sample
+            if total > max_duration_s * sampling_rate + 1:  # resampling may round up by a sample
                 raise AudioTooLong(
                     f"The recording is longer than the limit of {max_duration_s:g} s; "
                     "split it into shorter files."
                 )
             peak = max(peak, float(np.abs(samples).max(initial=0)))
             while len(samples):
-                fits = samples[: BLOCK_SAMPLES - filled]
+                fits = samples[: length - filled]
                 block[filled : filled + len(fits)] = fits
                 filled += len(fits)
                 samples = samples[len(fits) :]
-                if filled == BLOCK_SAMPLES:
+                if filled == length:
                     yield block
-                    block, filled = np.empty(BLOCK_SAMPLES, np.float32), 0
+                    block, filled = np.empty(length, np.float32), 0
 
-    duration_s = total / SAMPLING_RATE
+    duration_s = total / sampling_rate
     if duration_s < MIN_DURATION_S:
         raise EmptyAudio(
             f"The file holds {duration_s:.3f} s of sound, and at least {MIN_DURATION_S} s is needed; "
@@ -186,8 +189,8 @@ def _decode(file: AudioFile, max_duration_s: Seconds) -> Generator[Waveform, Non
     return AudioInfo(duration_s, facts.sampling_rate, facts.channels, facts.codec, tuple(facts.warnings))
 
 
-def _resampled(sound: Iterator[tuple[int, _Frames]]) -> Iterator[Waveform]:
-    """Bring mono samples to 16 kHz. Chained and adaptive streams may change their rate on the way."""
+def _resampled(sound: Iterator[tuple[int, Waveform]], sampling_rate: int) -> Iterator[Waveform]:
+    """Bring mono samples to one rate. Chained and adaptive streams may change their rate on the way."""
     current, resampler = 0, None
     nothing = np.empty(0, np.float32)
     for rate, samples in sound:
@@ -195,8 +198,8 @@ def _resampled(sound: Iterator[tuple[int, _Frames]]) -> Iterator[Waveform]:
             if resampler:
                 yield resampler.resample_chunk(nothing, last=True)
             current, resampler = rate, None
-            if rate != SAMPLING_RATE:
-                resampler = soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32", quality="HQ")
+            if rate != sampling_rate:
+                resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32", quality="HQ")
         yield resampler.resample_chunk(samples) if resampler else samples
     if resampler:
         yield resampler.resample_chunk(nothing, last=True)
@@ -257,7 +260,7 @@ def _by_libsndfile(source: "_Nameless", facts: _Facts) -> Iterator[tuple[int, _F
         facts.describe(rate, sound.channels, sound.subtype.lower())
         done = 0
         # Never SoundFile.blocks(): it trusts the header and repeats a stale buffer past the end.
-        # At most 5 s a read, or low rates would swell on their way to 16 kHz.
+        # At most 5 s a read, or low rates would swell on their way up.
         while len(frames := sound.read(min(_READ_FRAMES, 5 * rate), dtype="float32", always_2d=True)):
             done += len(frames)
             yield rate, frames

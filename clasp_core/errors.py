@@ -15,8 +15,11 @@
     ├── RecordingNotFound
     ├── IdConflict
     ├── ModelUnavailable
-    │   └── WeightsMismatch
+    │   ├── WeightsMismatch
+    │   └── InvalidCheckpoint
+    │       └── UnsafeCheckpoint
     ├── DataMismatch
+    ├── IndexUnavailable
     ├── ProcessingFailed
     └── NotReady
 
@@ -127,10 +130,28 @@ class WeightsMismatch(ModelUnavailable):
     code = "weights_mismatch"
 
 
+class InvalidCheckpoint(ModelUnavailable):
+    """A torch checkpoint that is damaged, of a kind that is not converted, or holds NaN."""
+
+    code = "invalid_checkpoint"
+
+
+class UnsafeCheckpoint(InvalidCheckpoint):
+    """A torch checkpoint that imports something else than tensors and known layers: it could run it."""
+
+    code = "unsafe_checkpoint"
+
+
 class DataMismatch(ClaspError):
     """The data directory was written by another model or a newer version."""
 
     code = "data_mismatch"
+
+
+class IndexUnavailable(ClaspError):
+    """The vector store that was configured cannot run on this machine as it is installed."""
+
+    code = "index_unavailable"
 
 
 class ProcessingFailed(ClaspError):

@@ -1,8 +1,9 @@
-"""The vector index: a FAISS inner-product index in memory, and its snapshot on disk.
+"""The vector index: recordings found by their segments' vectors, and its snapshot on disk.
 
 A replica, never the truth: it is brought up to date from the catalogue's change sequence, and rebuilt
-from it whenever its snapshot is missing, damaged or of another model. A segment's number in FAISS is
-made of its recording's key and its place in the recording, so no map between the two can go stale.
+from it whenever its snapshot is missing, damaged or of another model. A segment's number in the vector
+store is made of its recording's key and its place in the recording, so no map between the two can go
+stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 """
 
 import fcntl
@@ -14,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from readerwriterlock.rwlock import RWLockWrite
@@ -22,15 +22,10 @@ from readerwriterlock.rwlock import RWLockWrite
 from clasp_core.catalog import Changes
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.types import Embeddings
+from clasp_core.vectors import FaissStore, Mask, StoreMaker
 
 _ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
-
-# One query gains nothing from more threads, and suffers under load.
-faiss.omp_set_num_threads(1)
-# FAISS uses matrix products only for batches where queries x dim reaches this; its default (128,000)
-# leaves all of ours one by one. See docs/decisions.md.
-faiss.cvar.distance_compute_blas_threshold = 3072
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +54,20 @@ class Snapshot:
 class VectorIndex:
     """Exact cosine search over unit vectors. Thread-safe: many searches, or one change.
 
-    FAISS itself is not: a search during an addition crashes the process, hence the lock.
+    The stores are not: FAISS searched during an addition crashes the process, hence the lock.
     """
 
-    def __init__(self, dim: int, model: str) -> None:
+    def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
         self.dim = dim
         self.model = model
         self.point = (0, "")
         """The last change of the catalogue, by number and token, that this replica has."""
-        self._faiss = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+        self._store = new_store(dim)
         self._recordings: set[int] = set()
         self._lock = RWLockWrite()
 
     def __len__(self) -> int:
-        return int(self._faiss.ntotal)
+        return len(self._store.numbers)
 
     @property
     def seq(self) -> int:
@@ -89,11 +84,11 @@ class VectorIndex:
         with self._lock.gen_wlock():
             known = changes.recordings & self._recordings
             if known:
-                stale = np.isin(self._numbers() >> _ORDINAL_BITS, np.fromiter(known, np.int64))
-                self._faiss.remove_ids(self._numbers()[stale])
+                owners = self._store.numbers >> _ORDINAL_BITS
+                self._store.remove(np.isin(owners, np.fromiter(known, np.int64)))
+                self._recordings -= known
             if len(numbers):
-                self._faiss.add_with_ids(changes.vectors, numbers)
-            self._recordings -= changes.recordings
+                self._store.add(numbers, changes.vectors)
             self._recordings.update(np.unique(changes.owners).tolist())
             self.point = (changes.seq, changes.token)
 
@@ -109,75 +104,72 @@ class VectorIndex:
 
         Ties at the end are kept whole (the caller orders and cuts them), so a result may be longer
         than its limit. `among` holds the recording keys to search, ascending; None means all. Scores
-        are computed again from the stored vectors, so they do not depend on the batch.
+        are computed again from the stored vectors, so they depend neither on the batch nor on the store.
         """
         _check(queries, self.dim)
         with self._lock.gen_rlock():
-            selector = None if among is None else _Selector(self._numbers(), among)
-            size = len(self) if selector is None else selector.count
-            depth = [min(size, 4 * limit + 16) for limit in limits]
+            inside = None if among is None else np.isin(self._store.numbers >> _ORDINAL_BITS, among)
+            size = len(self) if inside is None else int(np.count_nonzero(inside))
+            depths = [min(size, 4 * limit + 16) for limit in limits]
+            nearest = self._nearest(queries, depths, inside)
             return [
-                self._match(query, found, limit, selector, segments)
-                for query, found, limit in zip(
-                    queries, self._nearest(queries, depth, selector), limits, strict=True
-                )
+                self._match(query, found, limit, size, inside, segments)
+                for query, limit, found in zip(queries, limits, nearest, strict=True)
             ]
 
     def _match(
         self,
         query: NDArray[np.float32],
-        nearest: "_Nearest",
+        found: "_Found",
         limit: int,
-        selector: "_Selector | None",
+        size: int,
+        inside: Mask | None,
         segments: int,
     ) -> list[Match]:
-        """Look deeper until `limit` recordings are found, and all that scores as much as the last is seen."""
-        size = len(self) if selector is None else selector.count
+        """Look deeper until `limit` recordings are found, and all that scores as much as the last is seen.
+
+        The store's scores are off by its noise at most, so two of them say which is larger only where
+        they are further apart than twice that; what is closer is decided by exact scores.
+        """
+        doubt = 2 * self._store.noise
         while True:
-            best: dict[int, float] = {}
-            for number, score in nearest:
-                best.setdefault(number >> _ORDINAL_BITS, score)
-            ranked = sorted(best.values(), reverse=True)
-            cutoff = ranked[limit - 1] if len(ranked) >= limit else -np.inf
-            if len(nearest) >= size or (nearest and nearest[-1][1] < cutoff - _SCORE_NOISE):
+            scores, places = found
+            numbers = self._store.numbers[places]
+            owners = numbers >> _ORDINAL_BITS
+            _, firsts, owner = np.unique(owners, return_index=True, return_inverse=True)
+            bests = scores[firsts]
+            cutoff = np.sort(bests)[-limit] if len(bests) >= limit else -np.inf
+            seen = -np.inf if len(places) >= size else scores[-1] + self._store.noise
+            if seen == -np.inf or scores[-1] < cutoff - doubt:
                 break
-            (nearest,) = self._nearest(query[None], [min(size, 4 * len(nearest))], selector)
-        grouped: dict[int, list[tuple[int, float]]] = {}
-        for number, _ in nearest:
-            recording, ordinal = number >> _ORDINAL_BITS, number & ((1 << _ORDINAL_BITS) - 1)
-            if best[recording] >= cutoff - _SCORE_NOISE and len(grouped.setdefault(recording, [])) < segments:
-                exact = float(query.astype(np.float64) @ self._faiss.reconstruct(number).astype(np.float64))
-                grouped[recording].append((ordinal, exact))
+            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
+        exact: dict[int, list[tuple[int, float]]] = {}
+        chosen = _worth_scoring(scores, owner, bests >= cutoff - doubt, segments, doubt)
+        # each row by itself, so that equal vectors get equal scores wherever they lie
+        products = self._store.rows(places[chosen]).astype(np.float64) * query.astype(np.float64)
+        for number, score in zip(numbers[chosen].tolist(), products.sum(axis=1).tolist(), strict=True):
+            # below what was seen, another segment may be better that was not
+            if score > seen:
+                ordinal = number & ((1 << _ORDINAL_BITS) - 1)
+                exact.setdefault(number >> _ORDINAL_BITS, []).append((ordinal, score))
         matches = []
-        for recording, found in grouped.items():
-            found.sort(key=lambda segment: (-segment[1], segment[0]))
-            matches.append(Match(recording, found[0][1], tuple(found)))
+        for recording, scored in exact.items():
+            scored.sort(key=lambda segment: (-segment[1], segment[0]))
+            matches.append(Match(recording, scored[0][1], tuple(scored[:segments])))
+        if len(matches) > limit:
+            last = sorted((match.score for match in matches), reverse=True)[limit - 1]
+            matches = [match for match in matches if match.score >= last]
         return matches
 
-    def _nearest(
-        self, queries: Embeddings, depths: Sequence[int], selector: "_Selector | None"
-    ) -> Iterator["_Nearest"]:
+    def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""
         most = max(depths, default=0)
         if most == 0:
-            yield from ([] for _ in depths)
+            yield from ((np.empty(0), np.empty(0, np.int64)) for _ in depths)
             return
-        if selector is None:
-            scores, numbers = self._faiss.search(queries, most)
-        else:
-            inner = self._faiss.index
-            scores, places = inner.search(queries, most, params=selector.parameters)
-            numbers = np.where(places >= 0, selector.numbers[places], -1)
-        for row_numbers, row_scores, depth in zip(numbers, scores, depths, strict=True):
-            pairs = zip(row_numbers[:depth].tolist(), row_scores[:depth].tolist(), strict=True)
-            yield [(number, score) for number, score in pairs if number >= 0]
-
-    def _numbers(self) -> NDArray[np.int64]:
-        """The segment numbers in FAISS's own order, without copying; valid until the next change."""
-        if not len(self):
-            return np.empty(0, np.int64)
-        view: NDArray[np.int64] = faiss.rev_swig_ptr(self._faiss.id_map.data(), len(self))
-        return view
+        scores, places = self._store.nearest(queries, most, inside)
+        for row_scores, row_places, depth in zip(scores, places, depths, strict=True):
+            yield row_scores[:depth].astype(np.float64), row_places[:depth]
 
     # --- the snapshot
 
@@ -195,7 +187,7 @@ class VectorIndex:
             temporary = folder / "saving.faiss"
             with self._lock.gen_rlock():
                 name = _file_name(*self.point)
-                faiss.write_index(self._faiss, str(temporary))
+                self._store.write(temporary)
                 snapshot = Snapshot(
                     1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
                 )
@@ -208,9 +200,10 @@ class VectorIndex:
                     path.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, folder: Path, dim: int, model: str) -> "VectorIndex":
-        """The saved index; an empty one (to be filled from the catalogue) where none can be trusted."""
-        index = cls(dim, model)
+    def load(cls, folder: Path, dim: int, model: str, new_store: StoreMaker = FaissStore) -> "VectorIndex":
+        """The saved index, whatever store saved it; an empty one (to be filled from the catalogue) where
+        none can be trusted."""
+        index = cls(dim, model, new_store)
         with suppress(OSError, ValueError, TypeError, RuntimeError):
             snapshot = Snapshot(**json.loads((folder / "manifest.json").read_text()))
             if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
@@ -220,31 +213,31 @@ class VectorIndex:
             path = folder / snapshot.file
             if sha256_of(path) != snapshot.sha256:
                 return index
-            loaded = faiss.read_index(str(path))
-            if loaded.ntotal != snapshot.count or loaded.d != dim:
+            store = new_store(dim)
+            store.read(path)
+            if len(store.numbers) != snapshot.count:
                 return index
-            index._faiss = loaded
-            index._recordings = set(np.unique(index._numbers() >> _ORDINAL_BITS).tolist())
+            index._store = store
+            index._recordings = set(np.unique(store.numbers >> _ORDINAL_BITS).tolist())
             index.point = (snapshot.seq, snapshot.token)
         return index
 
 
-_Nearest: TypeAlias = list[tuple[int, float]]
-
-_SCORE_NOISE = 1e-6
-"""FAISS's own sums differ by less than this from exact ones."""
+_Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
-class _Selector:
-    """The part of the index that belongs to some recordings."""
+def _worth_scoring(
+    scores: NDArray[np.float64], owner: NDArray[np.int64], wanted: Mask, segments: int, doubt: float
+) -> NDArray[np.int64]:
+    """Which of these segments, best first, may be among the `segments` best of a wanted recording.
 
-    def __init__(self, numbers: NDArray[np.int64], among: NDArray[np.int64]) -> None:
-        inside = np.isin(numbers >> _ORDINAL_BITS, among)
-        self.numbers = numbers
-        self.count = int(inside.sum())
-        self._bits = np.packbits(inside, bitorder="little")
-        bitmap = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
-        self.parameters = faiss.SearchParameters(sel=bitmap)
+    `owner` says which recording each is of, as a position in `wanted`.
+    """
+    order = np.argsort(owner, kind="stable")
+    order = order[wanted[owner[order]]]
+    _, starts, counts = np.unique(owner[order], return_index=True, return_counts=True)
+    last = scores[order][starts + np.minimum(counts, segments) - 1]
+    return order[scores[order] >= np.repeat(last, counts) - doubt]
 
 
 def _check(vectors: Embeddings, dim: int) -> None:

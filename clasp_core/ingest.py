@@ -3,14 +3,17 @@
 One `Ingester` is one worker; any number may work on the same library, in any processes.
 """
 
+import io
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -21,10 +24,11 @@ from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
 from clasp_core.library import Library
 from clasp_core.models import SpeechEncoder
-from clasp_core.segmenting import SegmentConfig, split
-from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
+from clasp_core.segmenting import SegmentConfig, split, with_pictured
+from clasp_core.types import SAMPLING_RATE, Embeddings, Seconds, Segment, Waveform
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LEASE_S: Seconds = 20.0
 AFTER_FAILURE_S: Seconds = 0.5
@@ -129,7 +133,7 @@ class Ingester:
         return len(leased)
 
     def _process(self, jobs: list[_Job]) -> None:
-        """Segments of all jobs flow through the encoder together, in order; memory holds one batch of them.
+        """Segments of all jobs flow through the encoder together, in order; memory holds two batches of them.
 
         A job is committed as soon as the stream has passed it, so none waits for a long one behind it.
         """
@@ -137,23 +141,24 @@ class Ingester:
         committed = 0
         segments = (pair for job in jobs for pair in self._segments(job))
         mark = time.perf_counter()
-        while batch := list(islice(segments, TOGETHER)):
-            decode -= mark - (mark := time.perf_counter())
-            vectors = self._encoder.encode([segment.waveform for _, segment in batch])
-            for (job, segment), vector in zip(batch, vectors, strict=True):
-                job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
-            embed -= mark - (mark := time.perf_counter())
-            if self._stopping.is_set():
-                break
-            current = jobs.index(batch[-1][0])
-            for job in jobs[committed:current]:
-                self._commit(job)
-            committed = current
-            commit -= mark - (mark := time.perf_counter())
-        else:
-            for job in jobs[committed:]:
-                self._commit(job)
-            commit += time.perf_counter() - mark
+        with closing(_ahead(_batches(segments))) as batches:
+            for batch in batches:
+                decode -= mark - (mark := time.perf_counter())
+                vectors = _encode(self._encoder, [segment for _, segment in batch])
+                for (job, segment), vector in zip(batch, vectors, strict=True):
+                    job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
+                embed -= mark - (mark := time.perf_counter())
+                if self._stopping.is_set():
+                    break
+                current = jobs.index(batch[-1][0])
+                for job in jobs[committed:current]:
+                    self._commit(job)
+                committed = current
+                commit -= mark - (mark := time.perf_counter())
+            else:
+                for job in jobs[committed:]:
+                    self._commit(job)
+                commit += time.perf_counter() - mark
         self._queue.release(self.owner)
         audio = sum(job.samples for job in jobs) / SAMPLING_RATE
         self._observe(Timings(decode, embed, commit, audio, len(jobs)))
@@ -161,14 +166,17 @@ class Ingester:
     def _segments(self, job: _Job) -> Iterator[tuple[_Job, Segment]]:
         """A job's segments; a recording that cannot be decoded ends early, with its reason kept."""
 
-        def counted() -> Iterator[Waveform]:
+        def blocks(sampling_rate: int) -> Iterator[Waveform]:
             with self._library.store.open(job.recording.sha256) as file:
-                for block in sandbox.decode(file, max_duration_s=self._max_duration_s):
-                    job.samples += len(block)
+                for block in sandbox.decode(
+                    file, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate
+                ):
+                    if sampling_rate == SAMPLING_RATE:
+                        job.samples += len(block)
                     yield block
 
         try:
-            for segment in split(counted(), self._segmenting):
+            for segment in _segments(self._encoder.picture_rate, blocks, self._segmenting):
                 yield job, segment
         except InvalidAudio as error:
             job.error = error
@@ -203,18 +211,117 @@ def embed_recording(
 
     Raises InvalidAudio where it cannot be decoded or nothing can be heard.
     """
-    blocks = sandbox.decode(recording, max_duration_s=max_duration_s)
+    segments = recording_segments(
+        encoder.picture_rate, recording, max_duration_s=max_duration_s, segmenting=segmenting
+    )
     embedded: list[EmbeddedSegment] = []
-    segments = split(blocks, segmenting or SegmentConfig())
-    while batch := list(islice(segments, TOGETHER)):
-        vectors = encoder.encode([segment.waveform for segment in batch])
-        embedded += [
-            EmbeddedSegment(segment.start_s, segment.end_s, vector)
-            for segment, vector in zip(batch, vectors, strict=True)
-        ]
+    with closing(_ahead(_batches(segments))) as batches:
+        for batch in batches:
+            vectors = _encode(encoder, batch)
+            embedded += [
+                EmbeddedSegment(segment.start_s, segment.end_s, vector)
+                for segment, vector in zip(batch, vectors, strict=True)
+            ]
     if not embedded:
         raise SilentAudio("Nothing can be heard in this recording.")
     return embedded
+
+
+def recording_segments(
+    picture_rate: int | None,
+    recording: Path | BinaryIO,
+    *,
+    max_duration_s: Seconds,
+    segmenting: SegmentConfig | None = None,
+) -> Iterator[Segment]:
+    """The segments of one recording that belongs to no library, for an encoder of that `picture_rate`.
+
+    Raises InvalidAudio where it cannot be decoded; then or after some segments.
+    """
+    content = recording if isinstance(recording, Path) else _content(recording)
+
+    def blocks(sampling_rate: int) -> Iterator[Waveform]:
+        file = content if isinstance(content, Path) else io.BytesIO(content)
+        return sandbox.decode(file, max_duration_s=max_duration_s, sampling_rate=sampling_rate)
+
+    return _segments(picture_rate, blocks, segmenting or SegmentConfig())
+
+
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _segments(
+    picture_rate: int | None, blocks: Callable[[int], Iterator[Waveform]], segmenting: SegmentConfig
+) -> Iterator[Segment]:
+    """A recording's segments as an encoder needs them, from its `blocks` at any sampling rate.
+
+    The paper takes the waveform at 16 kHz and the picture at 22,050 Hz, each resampled from the original
+    (reference: `librosa.load` and `librosa.resample` of the same file), hence a second decoding.
+    """
+    segments = split(blocks(SAMPLING_RATE), segmenting)
+    if picture_rate is None:
+        return segments
+    return with_pictured(segments, blocks(picture_rate), picture_rate)
+
+
+def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
+    pictured = [segment.pictured for segment in segments if segment.pictured is not None]
+    return encoder.encode([segment.waveform for segment in segments], pictured or None)
+
+
+def _batches(segments: Iterator[T]) -> Iterator[list[T]]:
+    while batch := list(islice(segments, TOGETHER)):
+        yield batch
+
+
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items, each made on another thread while the one before it is in use.
+
+    So a file is decoded and listened to on the CPU while a GPU embeds what was heard before. One item is
+    kept ready, no more. What goes wrong in the making is raised here; closing this ends the making.
+    """
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(1)
+    over = threading.Event()
+
+    def hand(item: tuple[T] | BaseException | None) -> None:
+        while not over.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for item in items:
+                hand((item,))
+                if over.is_set():
+                    return
+            hand(None)
+        except BaseException as error:
+            hand(error)
+
+    maker = threading.Thread(target=make, name="decoder", daemon=True)
+    maker.start()
+    try:
+        while (made := ready.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            yield made[0]
+    finally:
+        over.set()
+        maker.join()
+
+
+def warm_up(encoder: SpeechEncoder) -> None:
+    """Embed noise as long as the longest segment: memory and speed are then what they will stay."""
+
+    def noise(sampling_rate: int) -> Waveform:
+        samples = round(SegmentConfig().max_s * sampling_rate)
+        return np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+
+    pictured = None if encoder.picture_rate is None else [noise(encoder.picture_rate)]
+    encoder.encode([noise(SAMPLING_RATE)], pictured)
 
 
 def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:

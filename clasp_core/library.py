@@ -21,6 +21,7 @@ from clasp_core.index import Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, SegmentHit
+from clasp_core.vectors import FaissStore, StoreMaker
 
 CHANGES_AT_ONCE = 500
 MAX_HITS = 1000
@@ -57,9 +58,11 @@ class Library:
         dim: int,
         name: str = "",
         database_url: str | None = None,
+        new_store: StoreMaker = FaissStore,
         reindex: bool = False,
     ) -> None:
-        """Open or create. `model` is the fingerprint of the model all vectors searched here are by.
+        """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
+        `new_store` is where the index keeps them.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
@@ -71,6 +74,7 @@ class Library:
         self.catalog = Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
         self._index_dir = data_dir / "index"
         self._dim = dim
+        self._new_store = new_store
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
         self._saved = (0, "")
@@ -194,12 +198,12 @@ class Library:
         """The index, brought up to everything the catalogue has committed."""
         with self._refreshing:
             if self._index is None:
-                self._index = VectorIndex.load(self._index_dir, self._dim, self.model)
+                self._index = VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
                 self._saved = self._index.point
             if self._index.point != self.catalog.last_change():
                 if not self.catalog.holds(self._index.point):
                     # the catalogue was put back to an earlier state, by a restored backup say: start over
-                    self._index = VectorIndex(self._dim, self.model)
+                    self._index = VectorIndex(self._dim, self.model, self._new_store)
                 while changes := self.catalog.changes(
                     self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
                 ):

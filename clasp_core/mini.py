@@ -221,6 +221,7 @@ class MiniSpeechEncoder:
     """Segments to unit vectors of the same space."""
 
     dim = DIM
+    picture_rate: int | None = None
 
     def __init__(self, fusion: Path, models_dir: Path | None, device: torch.device) -> None:
         self._backbone = SpeechBackbone(models_dir).to(device)
@@ -228,7 +229,7 @@ class MiniSpeechEncoder:
         self._together = 32 if device.type == "cuda" else 1
 
     @torch.inference_mode()
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         """On a GPU, clips of like length go together; on a CPU one at a time, where padding costs
         more than batching saves (measured: 0.021 against 0.030 of real time)."""
         vectors = np.empty((len(waveforms), DIM), np.float32)

@@ -14,11 +14,9 @@ What comes through the pipe is believed no more than the file was.
 
 import atexit
 import contextlib
-import ctypes
 import io
 import json
 import os
-import resource
 import select
 import shutil
 import signal
@@ -36,7 +34,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-from clasp_core import audio
+from clasp_core import audio, confinement
 from clasp_core.audio import AudioFile, AudioInfo, AudioStream
 from clasp_core.errors import AudioTooLong, InvalidAudio, NonFiniteAudio, NotReady, UndecodableAudio
 from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
@@ -44,15 +42,14 @@ from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
 DEFAULT_MEMORY_BYTES = 1 << 30
 
 _FRAME = struct.Struct(">cI")
-_REQUEST = struct.Struct("=cqdqq")  # b"F" for fork or b"K" for kill, the child to kill, limits
+_REQUEST = struct.Struct("=cqdqqq")  # b"F" for fork or b"K" for kill, the child to kill, limits
 _ANSWER = struct.Struct("=q")  # to a fork: the child's process id, or 0
 _LARGEST_NOTE = 64 * 1024
-_LARGEST_AUDIO = audio.BLOCK_SAMPLES * 4
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 class _Limits(NamedTuple):
     max_duration_s: Seconds
+    sampling_rate: int
     memory_bytes: int
     cpu_s: int
 
@@ -61,6 +58,7 @@ def decode(
     file: AudioFile,
     *,
     max_duration_s: Seconds,
+    sampling_rate: int = SAMPLING_RATE,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     deadline_s: Seconds | None = None,
 ) -> AudioStream:
@@ -75,14 +73,12 @@ def decode(
     its own stream. The file's position moves; files without a descriptor are copied to a temporary file.
     """
     deadline_s = 60 + max_duration_s / 2 if deadline_s is None else deadline_s
-    return AudioStream(_decode(file, max_duration_s, memory_bytes, deadline_s))
-
-
-def _decode(
-    file: AudioFile, max_duration_s: Seconds, memory_bytes: int, deadline_s: Seconds
-) -> Generator[Waveform, None, AudioInfo]:
     # Decoding runs at hundreds of times real time; twenty leaves room for slow machines.
-    limits = _Limits(max_duration_s, memory_bytes, cpu_s=10 + int(max_duration_s / 20))
+    limits = _Limits(max_duration_s, sampling_rate, memory_bytes, cpu_s=10 + int(max_duration_s / 20))
+    return AudioStream(_decode(file, limits, deadline_s))
+
+
+def _decode(file: AudioFile, limits: _Limits, deadline_s: Seconds) -> Generator[Waveform, None, AudioInfo]:
     reader, writer = os.pipe()
     child = None
     try:
@@ -91,7 +87,7 @@ def _decode(
                 zygote, child = _fork(opened.fileno(), writer, limits)
         finally:
             os.close(writer)
-        return (yield from _received(_Pipe(reader, deadline_s), max_duration_s))
+        return (yield from _received(_Pipe(reader, deadline_s), limits))
     finally:
         os.close(reader)
         if child is not None:
@@ -99,16 +95,16 @@ def _decode(
                 zygote.kill(child)
 
 
-def _received(pipe: "_Pipe", max_duration_s: Seconds) -> Generator[Waveform, None, AudioInfo]:
+def _received(pipe: "_Pipe", limits: _Limits) -> Generator[Waveform, None, AudioInfo]:
     """The child's answer, checked: a decoder that was taken over could write anything."""
-    total = 0
+    total, rate, most = 0, limits.sampling_rate, limits.max_duration_s
     while True:
         kind, length = _FRAME.unpack(pipe.read(_FRAME.size))
-        if kind == b"A" and 0 < length <= _LARGEST_AUDIO and length % 4 == 0:
+        if kind == b"A" and 0 < length <= 4 * audio.BLOCK_S * rate and length % 4 == 0:
             samples = np.frombuffer(pipe.read(length), np.float32)
             total += len(samples)
-            if total > max_duration_s * SAMPLING_RATE + 1:
-                raise AudioTooLong(f"The recording is longer than the limit of {max_duration_s:g} s.")
+            if total > most * rate + 1:
+                raise AudioTooLong(f"The recording is longer than the limit of {most:g} s.")
             if not np.isfinite(samples).all():
                 raise NonFiniteAudio("The samples contain NaN or infinity.")
             yield samples
@@ -118,7 +114,7 @@ def _received(pipe: "_Pipe", max_duration_s: Seconds) -> Generator[Waveform, Non
                 if kind == b"E":
                     raise _REFUSALS[note["code"]](str(note["detail"]))
                 return AudioInfo(
-                    duration_s=total / SAMPLING_RATE,
+                    duration_s=total / rate,
                     sampling_rate=int(note["sampling_rate"]),
                     channels=int(note["channels"]),
                     codec=str(note["codec"]),
@@ -200,19 +196,12 @@ class _Zygote:
 
     def __init__(self, program: Sequence[str] = ("-m", __name__)) -> None:
         self._socket, theirs = socket.socketpair()
-        # Only what the imports need: no decoder should be able to read the service's secrets.
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", *program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=environment,
+                env=confinement.bare_environment(),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent, whose end ends the zygote
             )
@@ -235,7 +224,7 @@ class _Zygote:
     def kill(self, child: int) -> None:
         """End a child that may have ended already; the zygote knows, so no stranger's id is ever hit."""
         with contextlib.suppress(OSError):
-            self._socket.sendall(_REQUEST.pack(b"K", child, 0, 0, 0))
+            self._socket.sendall(_REQUEST.pack(b"K", child, 0, 0, 0, 0))
 
     def abandon(self) -> None:
         """Let go of a zygote that belongs to the process this one was forked from."""
@@ -332,14 +321,14 @@ def _be_child(source: int, sink: int, limits: _Limits) -> NoReturn:
     try:
         source, sink = _confine(source, sink, limits)
         with open(source, "rb") as file:  # noqa: PTH123 - a descriptor
-            _answer(file, sink, limits.max_duration_s)
+            _answer(file, sink, limits)
     finally:
         os._exit(0)
 
 
 def _confine(source: int, sink: int, limits: _Limits) -> tuple[int, int]:
     """Give up what decoding does not need. Returns the descriptors under their new numbers."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    confinement.die_with_parent()
     os.nice(5)
     os.dup2(0, 2)  # decoders complain to stderr, in words the uploader chose
     # Move both out of the way of the target numbers first; then nothing else stays open.
@@ -347,66 +336,27 @@ def _confine(source: int, sink: int, limits: _Limits) -> tuple[int, int]:
     source, sink = os.dup2(source, 3), os.dup2(sink, 4)
     os.closerange(5, 4096)
 
-    memory = limits.memory_bytes + _mapped_bytes()
-    for what, limit in (
-        (resource.RLIMIT_NOFILE, 5),  # no sixth descriptor: neither files nor sockets can be opened
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, limits.cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
+    confinement.limit(
+        descriptors=5,  # no sixth descriptor: neither files nor sockets can be opened
+        memory_bytes=limits.memory_bytes,
+        cpu_s=limits.cpu_s,
+    )
     return source, sink
 
 
-def _answer(file: BinaryIO, sink: int, max_duration_s: Seconds) -> None:
+def _answer(file: BinaryIO, sink: int, limits: _Limits) -> None:
     def send(kind: bytes, payload: bytes) -> None:
         rest = memoryview(_FRAME.pack(kind, len(payload)) + payload)
         while rest:
             rest = rest[os.write(sink, rest) :]
 
     try:
-        stream = audio.decode(file, max_duration_s=max_duration_s)
+        stream = audio.decode(file, max_duration_s=limits.max_duration_s, sampling_rate=limits.sampling_rate)
         for block in stream:
             send(b"A", block.tobytes())
         send(b"Z", json.dumps(asdict(stream.info)).encode())
     except InvalidAudio as refusal:
         send(b"E", json.dumps({"code": refusal.code, "detail": refusal.detail}).encode())
-
-
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
-_NOBODY = 65_534
-
-
-def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _drop_rights() -> None:
-    """Enter an empty network and become nobody, as far as the kernel and our rights allow."""
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _unshare(_CLONE_NEWNET)  # granted to root only, who must ask before stepping down
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # root's processes are exempt from RLIMIT_NPROC
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-
-
-def _unshare(what: int) -> None:
-    with contextlib.suppress(AttributeError):  # not Linux
-        ctypes.CDLL(None).unshare(what)
-
-
-def _mapped_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:  # not Linux
-        return 1 << 30
 
 
 def _warm_up() -> None:
@@ -421,7 +371,7 @@ def _warm_up() -> None:
 
 def _main() -> None:
     _warm_up()
-    _drop_rights()
+    confinement.drop_rights()
     with socket.socket(fileno=int(sys.argv[1])) as parent:
         _serve(parent)
 

@@ -5,7 +5,7 @@ Owns voice activity and the rules of cutting; takes any stream of samples, and l
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TypeAlias
 
@@ -97,6 +97,25 @@ def split(
 
 
 _idle_models: list[SileroVAD] = []
+
+
+def with_pictured(
+    segments: Iterable[Segment], blocks: Iterable[Waveform], sampling_rate: int
+) -> Iterator[Segment]:
+    """Give each segment, as `pictured`, the same span of a second decoding of its recording.
+
+    blocks: the recording at `sampling_rate` Hz. Both streams are read forward together, so memory holds
+    little more than one segment of the second. A span's end is cut off with the recording's: resampling
+    to two rates may differ by a sample.
+    """
+    stream, kept, start = iter(blocks), np.empty(0, np.float32), 0
+    for segment in segments:
+        first = round(segment.start_s * sampling_rate)
+        last = round(segment.end_s * sampling_rate)
+        while start + len(kept) < last and (block := next(stream, None)) is not None:
+            passed = min(max(0, first - start), len(kept))
+            kept, start = np.concatenate((kept[passed:], block)), start + passed
+        yield replace(segment, pictured=kept[max(0, first - start) : last - start].copy())
 
 
 def _split(

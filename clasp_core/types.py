@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Seconds: TypeAlias = float
 
 Waveform: TypeAlias = NDArray[np.float32]
-"""Mono samples in about [-1, 1] at `SAMPLING_RATE`, shape (n,)."""
+"""Mono samples in about [-1, 1], shape (n,); at `SAMPLING_RATE` unless it is said otherwise."""
 
 Embeddings: TypeAlias = NDArray[np.float32]
 """Unit-length rows, shape (n, dim)."""
@@ -20,11 +20,15 @@ SAMPLING_RATE = 16_000
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A span of a recording, in seconds from its start, with its samples."""
+    """A span of a recording, in seconds from its start, with its samples.
+
+    `pictured` is the same span at a model's `picture_rate`, for models whose spectrogram needs one.
+    """
 
     start_s: Seconds
     end_s: Seconds
     waveform: Waveform
+    pictured: Waveform | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ VERBS = [
     "reindex",
     "models",
     "models list",
+    "models fetch",
+    "models convert",
 ]
 FIGURES = {"n", "pool", "hits@1", "hits@5", "hits@10", "mrr", "mean_rank", "macro_f1"}
 
@@ -129,6 +131,15 @@ def test_a_wrong_setting_is_1_and_one_line(tmp_path: Path, settings: dict[str, s
     failed(clasp("search", "bees", cwd=tmp_path, **settings))
 
 
+@pytest.mark.parametrize("store", ["faiss", "torch"])
+def test_a_gpu_that_is_not_there_is_1_and_one_line(tmp_path: Path, store: str) -> None:
+    """Who demands a GPU is told what stands in its way before anything is asked, not served by the CPU."""
+    done = clasp("search", "bees", cwd=tmp_path, vector_store=store, device="cuda")
+    if done.returncode == 0:
+        pytest.skip(f"this machine has a GPU for {store}")
+    failed(done, "CLASP_DEVICE=cuda", f"CLASP_VECTOR_STORE={store}")
+
+
 # --- index and search
 
 
@@ -184,6 +195,16 @@ def test_a_search_answers_with_ranked_hits(indexed: Path, samples: dict[str, Sam
     assert first["score"] >= second["score"]
     assert first["lang"] == "en"
     assert first["segments"][0].keys() == {"start_s", "end_s", "score"}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_every_vector_store_answers_the_same(indexed: Path, half: bool) -> None:
+    """Which one is used is the machine's affair; scripts and people see no difference."""
+    options = ["bees", "--collection", "mine", "--json"]
+    expected = as_json(clasp("search", *options, cwd=indexed))
+    assert expected["hits"]
+    settings = {"vector_store": "faiss" if half else "torch", "vector_store_half": half}
+    assert as_json(clasp("search", *options, cwd=indexed, **settings)) == expected
 
 
 def test_a_search_is_shown_as_a_table(indexed: Path) -> None:

@@ -11,8 +11,11 @@ from tests.service import clasp
 ODD = {
     "model": "/models/my model",
     "models_dir": Path("/weights, old"),
+    "hub_endpoint": "http://mirror:8080/hf",
     "data_dir": Path("data dir/ü"),
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
+    "vector_store": "torch",
+    "vector_store_half": True,
     "device": "cpu",
     "threads": 3,
     "workers": 0,
@@ -71,6 +74,16 @@ def test_a_file_beside_the_data_is_read_and_the_environment_wins(
     assert (Settings().port, Settings().host, Settings().api_keys) == (9000, "0.0.0.0", ("a", "b"))
     monkeypatch.setenv("CLASP_PORT", "9001")
     assert (Settings().port, Settings().host) == (9001, "0.0.0.0")
+
+
+def test_the_hub_s_own_setting_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever uses a mirror has set HF_ENDPOINT already; ours is for who wants another one here."""
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert Settings().hub_endpoint == "https://huggingface.co"
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
+    assert Settings().hub_endpoint == "http://mirror"
+    monkeypatch.setenv("CLASP_HUB_ENDPOINT", "http://ours")
+    assert Settings().hub_endpoint == "http://ours"
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,13 @@ STORED_MODEL = StoredModel(MODEL, "spectral", DIM)
 class SpectralSpeechEncoder:
     """A fixed random projection of how loud each of 32 bands of frequency is; another for each dim."""
 
+    picture_rate: int | None = None
+
     def __init__(self, dim: int = DIM) -> None:
         self.dim = dim
         self._projection = np.random.default_rng(1).normal(size=(32, dim))
 
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         return np.stack([self._vector(waveform) for waveform in waveforms])
 
     def _vector(self, waveform: Waveform) -> NDArray[np.float32]:

@@ -71,6 +71,18 @@ def test_the_outermost_rates_are_accepted(rate: int) -> None:
     assert peak_frequency(samples) == pytest.approx(100, abs=1)
 
 
+def test_another_rate_comes_from_the_original() -> None:
+    """The paper's picture is made at 22,050 Hz: what lies above 8 kHz must still be in it, at its pitch."""
+    rate = 22_050
+    file = encode(tone(1.5, 44_100, frequency=9_500), 44_100)
+    stream = audio.decode(io.BytesIO(file), max_duration_s=60, sampling_rate=rate)
+    samples = np.concatenate(list(stream))
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert np.argmax(spectrum) * rate / len(samples) == pytest.approx(9_500, abs=1)
+    assert stream.info.duration_s == pytest.approx(1.5, abs=1e-4)
+    assert np.abs(samples).max() > 0.3
+
+
 def test_16_khz_mono_is_left_alone() -> None:
     """The native rate needs no arithmetic, so the samples must come out bit for bit."""
     samples = tone(1.0)[:, 0]

@@ -55,7 +55,7 @@ class Watched(SpectralSpeechEncoder):
         super().__init__()
         self._before = before
 
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         self._before(waveforms)
         return super().encode(waveforms)
 
@@ -215,7 +215,9 @@ def test_an_encoder_that_answers_nan_does_not_stop_the_searches(library: Library
     """A vector that the index would refuse must never reach it: every later search would stumble over it."""
 
     class Unsteady(SpectralSpeechEncoder):
-        def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+        def encode(
+            self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None
+        ) -> Embeddings:
             vectors = super().encode(waveforms)
             vectors[[abs(pitch(waveform) - 1000) < 1 for waveform in waveforms]] = np.nan
             return vectors
@@ -429,3 +431,38 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+class Pictured(SpectralSpeechEncoder):
+    """Needs each segment at 22,050 Hz too, and keeps what it was given."""
+
+    picture_rate = 22_050
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int, int]] = []
+
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
+        assert pictured is not None
+        self.given += [
+            (len(waveform), len(second)) for waveform, second in zip(waveforms, pictured, strict=True)
+        ]
+        return super().encode(waveforms)
+
+
+def test_an_encoder_gets_the_second_rate_it_asks_for(library: Library, tmp_path: Path) -> None:
+    """The paper's picture is made of 22,050 Hz, decoded from the original, for every segment there is."""
+    path = tmp_path / "speech.flac"
+    path.write_bytes(encode(speech(40.0, 44_100), 44_100, "flac"))
+    encoder = Pictured()
+    upload(library, path.read_bytes(), "long")
+    finish(library, encoder)
+    assert state(library, "long")[0] == "ready"
+    in_library = list(encoder.given)
+    assert len(in_library) > 1
+    for samples, second in in_library:
+        assert second == pytest.approx(samples * 22_050 / 16_000, abs=2)
+    encoder.given.clear()
+    with path.open("rb") as file:
+        embed_recording(encoder, file, max_duration_s=60)
+    assert encoder.given == in_library

@@ -87,7 +87,7 @@ class Watched(SpectralSpeechEncoder):
         super().__init__(dim)
         self._before = before
 
-    def encode(self, waveforms: Sequence[Waveform]) -> Embeddings:
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         self._before(waveforms)
         return super().encode(waveforms)
 

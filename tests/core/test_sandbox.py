@@ -40,7 +40,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
             "from clasp_core import audio, errors, sandbox\n"
             f"def evil(file):\n    {lines}\n    yield np.zeros(1, np.float32)\n"
             "sandbox._warm_up()\n"
-            "audio.decode = lambda file, max_duration_s: audio.AudioStream(evil(file))\n"
+            "audio.decode = lambda file, **_: audio.AudioStream(evil(file))\n"
             "sandbox._warm_up = lambda: None\n"
             "sandbox._main()\n"
         )
@@ -86,11 +86,13 @@ def alive(process: int) -> bool:
 def test_the_samples_are_those_of_audio_decode(form: str) -> None:
     """The sandbox may cost time, never sound; and no decoder may need what it has been denied."""
     file = io.BytesIO(encode(tone(12.0, 48_000, 2), 48_000, form))
-    inside, here = sandbox.decode(file, max_duration_s=60), audio.decode(file, max_duration_s=60)
-    for ours, theirs in zip(inside, here, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-        assert ours.flags.writeable
-    assert inside.info == here.info
+    for rate in (16_000, 22_050):
+        inside = sandbox.decode(file, max_duration_s=60, sampling_rate=rate)
+        here = audio.decode(file, max_duration_s=60, sampling_rate=rate)
+        for ours, theirs in zip(inside, here, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            assert ours.flags.writeable
+        assert inside.info == here.info
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clasp_core.segmenting import DEFAULT_CONFIG, FRAME_SAMPLES, SegmentConfig, split
+from clasp_core.segmenting import DEFAULT_CONFIG, FRAME_SAMPLES, SegmentConfig, split, with_pictured
 from clasp_core.types import SAMPLING_RATE, Segment, Waveform
 from tests.audio_files import speech
 
@@ -317,3 +317,28 @@ def test_silero_trims_a_short_message() -> None:
     (segment,) = split([samples])
     assert 3.5 < segment.start_s <= 4.1
     assert 5.9 <= segment.end_s < 6.6
+
+
+# --- the second decoding
+
+
+@given(
+    cuts=st.lists(st.integers(0, 160_000), min_size=2, max_size=12, unique=True),
+    pieces=st.integers(1, 7),
+    rate=st.sampled_from([16_000, 22_050, 44_100]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_segment_s_second_copy_is_the_same_span(cuts: list[int], pieces: int, rate: int) -> None:
+    """The picture must show what the waveform says: a span shifted by a block would go unnoticed for ever."""
+    times = sorted(cuts)
+    segments = [
+        Segment(start / 16_000, end / 16_000, np.zeros(end - start, np.float32))
+        for start, end in zip(times[::2], times[1::2], strict=False)
+    ]
+    second = np.arange(10 * rate, dtype=np.float32)
+    given_segments = list(with_pictured(segments, iter(np.array_split(second, pieces)), rate))
+    for before, after in zip(segments, given_segments, strict=True):
+        expected = second[round(before.start_s * rate) : round(before.end_s * rate)]
+        assert after.pictured is not None
+        np.testing.assert_array_equal(after.pictured, expected)
+        assert (after.start_s, after.end_s) == (before.start_s, before.end_s)
