@@ -76,6 +76,7 @@ class Reindexer:
         none can any more, or too many could not, for reasons that are not theirs; the library then stays as
         it is, and a later run goes on from there.
         """
+        self._library.catalog.forget_retired()  # where no service ever runs, nobody else would
         queue = self._library.catalog.reindexing(self._library.stored_model)
         if queue.is_done():
             queue.switch()  # tidies up after runs to other models that were given up

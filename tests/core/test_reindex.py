@@ -581,7 +581,10 @@ def test_a_way_that_was_given_up_leaves_nothing(
     assert worker.step() == 2
     assert len(stored(tmp_path)["tone-1"]) == 2
     assert reindex(open_as, OLD) == Outcome("nothing to do")
-    forget_at_once(given_up, monkeypatch)
+    with monkeypatch.context() as patch:
+        later = time.time() + 2 * catalog_module.RETIRED_KEPT_S
+        patch.setattr(catalog_module.time, "time", lambda: later)
+        assert reindex(open_as, OLD) == Outcome("nothing to do")
     assert stored(tmp_path) == {"tone-1": [MODEL], "tone-2": [MODEL]}
     assert reindex(open_as) == Outcome("switched", 2)
 
