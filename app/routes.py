@@ -211,7 +211,7 @@ async def search(
     service: ServiceHere,
     q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
     lang: Annotated[
-        OptionalText, Query(description="BCP 47 tag of the question: a hint, never a filter.")
+        str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: OptionalText = None,

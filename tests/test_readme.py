@@ -32,7 +32,7 @@ def test_the_readme_has_the_commands_these_tests_look_for() -> None:
     assert len(CURL) >= 2
     assert len(CLASP) >= 5
     assert {"make demo", "make serve", "make test"} <= set(MAKE)
-    # the paper's model is gigabytes: its commands are tested on small checkpoints by test_paper and test_reindex
+    # the paper's model is gigabytes: test_paper and test_reindex run its verbs on small checkpoints
     known = {"curl", ".venv/bin/clasp", "make", "clasp", "pip", "export"}
     assert all(command.split()[0] in known for command in COMMANDS)
 

@@ -278,7 +278,7 @@ import sys
 from pathlib import Path
 from clasp_core import hub
 file = hub.PublishedFile("model.safetensors")
-hub.PUBLISHED = {"big": hub.Repository("Big", "MIT", "big/big", "main", (file,))}
+hub.PUBLISHED = {"big": hub.Repository("Big", "MIT", "big/big", "main", (file,), 1)}
 hub.fetch(["big"], Path(sys.argv[1]), endpoint=sys.argv[2])
 """
 
@@ -302,7 +302,7 @@ def test_a_fetch_that_was_killed_goes_on(
     assert not (tmp_path / "big" / "big" / "model.safetensors").exists()
     server.stall_after = None
     before = server.sent_bytes
-    repository = Repository("Big", "MIT", "big/big", "main", (PublishedFile("model.safetensors"),))
+    repository = Repository("Big", "MIT", "big/big", "main", (PublishedFile("model.safetensors"),), 1)
     monkeypatch.setattr(hub, "PUBLISHED", {"big": repository})
     (file,) = fetch(server, tmp_path, "big").values()
     assert file.path.read_bytes() == content
