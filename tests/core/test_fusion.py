@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from clasp_core import fusion
 from clasp_core.errors import ModelUnavailable
 from clasp_core.fusion import LAYOUTS, clasp_loss, fit_of, lasp_loss
+from clasp_core.hub import PUBLISHED
 from clasp_core.systems import SYSTEMS, System, read
 
 BRANCH = [
@@ -272,6 +273,40 @@ def test_every_row_of_the_paper_s_table_is_a_system() -> None:
         "lasp-concat",
         "lasp-gating",
     }
+
+
+@pytest.mark.parametrize(
+    ("system", "file", "layout", "loss"),
+    [
+        ("paper", "CLASP_Concat_Final_Fusion_Encoder.pt", "concat", "clasp"),
+        ("paper-gating", "CLASP_Gating.pt", "gating", "clasp"),
+        ("paper-lasp", "LASP_Concat.pt", "concat", "lasp"),
+        ("paper-lasp-gating", "LASP_Gating.pt", "gating", "lasp"),
+    ],
+)
+def test_each_published_file_is_the_system_it_is(system: str, file: str, layout: str, loss: str) -> None:
+    """Table A5: the files differ in nothing but their names where the fusion is the same."""
+    declared = SYSTEMS[system]
+    assert declared.weights is not None
+    published = PUBLISHED[declared.weights]
+    assert (published.folder, [f.name for f in published.files]) == ("llm-lab/CLASP", [file])
+    assert (declared.fusion, declared.loss, declared.text, declared.speech) == (
+        layout,
+        loss,
+        "labse",
+        "hubert-large",
+    )
+
+
+def test_the_encoders_are_the_paper_s() -> None:
+    """Table A1: another checkpoint of a family gives other vectors, which the fusion does not know."""
+    assert {key: PUBLISHED[key].folder for key in ("hubert-large", "wav2vec2-base", "labse", "xlm-r")} == {
+        "hubert-large": "facebook/hubert-large-ls960-ft",
+        "wav2vec2-base": "facebook/wav2vec2-base-960h",
+        "labse": "sentence-transformers/LaBSE",
+        "xlm-r": "sentence-transformers/paraphrase-xlm-r-multilingual-v1",
+    }
+    assert PUBLISHED["efficientnet-b7"].source.endswith("efficientnet_b7_lukemelas-c5b4e57e.pth")
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
