@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from clasp_core import confinement
+from clasp_core.durability import place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import InvalidCheckpoint, UnsafeCheckpoint
 from clasp_core.types import Seconds
@@ -146,18 +147,6 @@ def temporary_for(target: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def place(temporary: Path, final: Path) -> None:
-    """Rename durably."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _REFUSALS = {refusal.code: refusal for refusal in (InvalidCheckpoint, UnsafeCheckpoint)}

@@ -28,7 +28,8 @@ from urllib.parse import quote
 
 import httpx
 
-from clasp_core.checkpoints import convert, place, readable, temporary_for
+from clasp_core.checkpoints import convert, readable, temporary_for
+from clasp_core.durability import place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
 from clasp_core.systems import SYSTEMS

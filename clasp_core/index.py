@@ -8,7 +8,6 @@ stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from readerwriterlock.rwlock import RWLockWrite
 
 from clasp_core.catalog import Changes
+from clasp_core.durability import place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.types import Embeddings
 from clasp_core.vectors import FaissStore, Mask, StoreMaker
@@ -191,10 +191,10 @@ class VectorIndex:
                 snapshot = Snapshot(
                     1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
                 )
-            _place(temporary, folder / name)
+            place(temporary, folder / name)
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
-            _place(manifest, folder / "manifest.json")
+            place(manifest, folder / "manifest.json")
             for path in folder.glob("vectors-*"):
                 if path.name != name:
                     path.unlink(missing_ok=True)
@@ -250,15 +250,3 @@ def _check(vectors: Embeddings, dim: int) -> None:
 def _file_name(seq: int, token: str) -> str:
     """A snapshot's name repeats its point, so that a damaged manifest contradicts itself."""
     return f"vectors-{seq:d}-{token}.faiss"
-
-
-def _place(temporary: Path, final: Path) -> None:
-    """Rename durably."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from clasp_core.durability import sync_folder
 from clasp_core.types import Seconds
 
 
@@ -73,8 +74,8 @@ class AudioStore:
             return
         target.parent.mkdir(exist_ok=True)
         upload.path.rename(target)
-        _sync_directory(target.parent)
-        _sync_directory(self._root)
+        sync_folder(target.parent)
+        sync_folder(self._root)
 
     def open(self, sha256: str) -> BinaryIO:
         """The stored bytes for reading. FileNotFoundError where there are none."""
@@ -102,11 +103,3 @@ class AudioStore:
 
     def _path(self, sha256: str) -> Path:
         return self._root / sha256[:2] / sha256[2:]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
