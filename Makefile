@@ -52,7 +52,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_index
 	$(BIN)/python -m tests.picture_gate
-	$(BIN)/python -m tests.bench_paper --clips 8
+	$(BIN)/python -m tests.bench_paper --clips 4
 
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make
