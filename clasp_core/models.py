@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from clasp_core.encoders.weights import PinnedWeights, sha256_of
+from clasp_core.encoders.weights import PinnedWeights, remembered_sha256
 from clasp_core.errors import ModelUnavailable
 from clasp_core.hub import PUBLISHED
 from clasp_core.systems import SYSTEMS, System, read
@@ -136,7 +136,7 @@ class MiniModel:
         from clasp_core.mini import PRETRAINED
 
         parts = [weights.sources[0].sha256 for weights in PRETRAINED.values()]
-        return _digest([PROCESSING, *parts, sha256_of(self.fusion)])
+        return _digest([PROCESSING, *parts, remembered_sha256(self.fusion)])
 
     def text_encoder(self) -> TextEncoder:
         from clasp_core.mini import MiniTextEncoder
@@ -250,9 +250,9 @@ _WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
 def _content_hash(path: Path) -> str:
     """sha256 of a file, or of the names and hashes of all files in a folder that a model can be read from."""
     if path.is_file():
-        return sha256_of(path)
+        return remembered_sha256(path)
     files = sorted(file for file in path.rglob("*") if file.suffix in _WEIGHT_FILES)
-    listed = [[str(file.relative_to(path)), sha256_of(file)] for file in files]
+    listed = [[str(file.relative_to(path)), remembered_sha256(file)] for file in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 

@@ -69,6 +69,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remembered_sha256(path: Path) -> str:
+    """`sha256_of`, worked out once in a process while the file's modification time and size stay the same."""
+    stat = path.stat()
+    return _hash_of_version(path, stat.st_mtime_ns, stat.st_size)
+
+
 def _installed_file(source: Source) -> Path | None:
     return next(_installed_files(source), None)
 
@@ -84,8 +90,7 @@ def _installed_files(source: Source) -> Iterator[Path]:
 
 
 def _verified(path: Path, expected: set[str]) -> Path:
-    stat = path.stat()
-    actual = _hash_of_version(path, stat.st_mtime_ns, stat.st_size)
+    actual = remembered_sha256(path)
     if actual not in expected:
         raise WeightsMismatch(
             f"{path} has sha256 {actual}, but {' or '.join(sorted(expected))} is pinned:"
@@ -96,5 +101,4 @@ def _verified(path: Path, expected: set[str]) -> Path:
 
 @cache
 def _hash_of_version(path: Path, mtime_ns: int, size: int) -> str:
-    """sha256 of a file, remembered while its modification time and size stay the same."""
     return sha256_of(path)
