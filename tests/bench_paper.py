@@ -8,10 +8,12 @@ and the cosine of half precision with float32. `--small` has small networks, to 
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from clasp_core import fusion
+from clasp_core.encoders.efficientnet_b7 import EfficientNetB7
 from clasp_core.encoders.hubert import SelfSupervisedSpeechEncoder
 from clasp_core.hub import PUBLISHED
 from clasp_core.ingest import recording_segments
@@ -159,12 +162,27 @@ def measure(models_dir: Path, device: torch.device, count: int) -> list[dict[str
     rows.append(row | {"share": "100%"})
     if cuda:
         rows.append({"what": "GPU memory, MB at most", "value": torch.cuda.max_memory_allocated() / 1e6})
-        exact = SelfSupervisedSpeechEncoder.load(model.located()["speech"]).to(device)
+        rows += half_precision(model.located(), device, segments[:16], kept["picture"][0])
+    return rows
+
+
+def half_precision(
+    parts: Mapping[str, Path], device: torch.device, segments: list[Segment], pictures: torch.Tensor
+) -> list[dict[str, Any]]:
+    """The least cosine of each encoder's vectors in 16 bits with those in 32."""
+    waveforms = [segment.waveform for segment in segments]
+    rows = []
+    for name, load, inputs in (
+        ("HuBERT", partial(SelfSupervisedSpeechEncoder.load, parts["speech"]), waveforms),
+        ("EfficientNet", partial(EfficientNetB7.load, parts["spectrogram"]), pictures),
+    ):
+        exact = load().to(device)(inputs)
         for dtype in (torch.float16, torch.bfloat16):
-            rough = SelfSupervisedSpeechEncoder.load(model.located()["speech"], dtype).to(device)
-            waveforms = [segment.waveform for segment in segments[:16]]
-            cosine = F.cosine_similarity(rough(waveforms), exact(waveforms)).min()
-            rows.append({"what": f"least cosine of HuBERT in {dtype} with float32", "value": float(cosine)})
+            try:
+                cosine = float(F.cosine_similarity(load(dtype).to(device)(inputs), exact).min())
+            except FloatingPointError:
+                cosine = math.nan  # it overflowed
+            rows.append({"what": f"least cosine of {name} in {dtype} with float32", "value": cosine})
     return rows
 
 
