@@ -13,7 +13,10 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import HttpError
 from clasp_core.store import AudioStore, Upload
@@ -21,6 +24,8 @@ from clasp_core.store import AudioStore, Upload
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 16
+MAX_JSON_BYTES = 4 << 20
+"""Several times what the largest acceptable POST /search needs."""
 _WRITE_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 20
 """What a multipart body may hold besides the file."""
@@ -46,6 +51,31 @@ class Received:
     upload: Upload
     fields: dict[str, str]
     media_type: str | None
+
+
+class JsonLimit:
+    """ASGI middleware: a JSON body is read whole before it is looked at, so it must not be of any size."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if "json" not in headers.get("content-type", ""):
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise HTTPException(413, f"A JSON body may have at most {self._max_bytes} bytes.")
+            return message
+
+        await self._app(scope, limited, send)
 
 
 @asynccontextmanager

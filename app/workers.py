@@ -175,7 +175,12 @@ class _Keeper:
                 return
             self._metrics.worker_restarts.inc()
             _log.warning("worker ended; starting another", exit_status=code)
-            self._catalog.release(owner, died=True)
+            try:
+                self._catalog.release(owner, died=True)
+            except (
+                Exception
+            ) as error:  # its leases run out by themselves; the next worker must start all the same
+                _log.error("the worker's recordings were not released", exc_info=error)
             lived_s = time.monotonic() - started
             pause = 0.0 if lived_s > LONGEST_PAUSE_S else min(LONGEST_PAUSE_S, 2 * pause + 0.1)
 
@@ -187,5 +192,10 @@ class _Keeper:
             for line in lines:
                 if line == READY_LINE:
                     self.ready = True
+                    continue
+                try:
+                    timings = Timings(**orjson.loads(line))
+                except (orjson.JSONDecodeError, TypeError):  # some library's remark
+                    _log.warning("a worker wrote what is no report", bytes=len(line))
                 else:
-                    self._metrics.observe_ingest(Timings(**orjson.loads(line)))
+                    self._metrics.observe_ingest(timings)

@@ -432,3 +432,17 @@ def test_a_recording_asked_about_is_not_kept(service: RunningService, collection
     kept = service.stored()
     service.found_by_sound(bees + collection.encode())
     assert service.stored() == kept
+
+
+def test_a_json_body_is_bounded(service: RunningService) -> None:
+    """It is parsed as a whole: without a bound, one request takes all memory."""
+    filler = b" " * (5 << 20)
+    for headers in ({}, {"transfer-encoding": "chunked"}):
+        content = iter([b'{"q": "a"', filler, b"}"]) if headers else b'{"q": "a"' + filler + b"}"
+        answer = service.client.post(
+            "/search", content=content, headers={"content-type": "application/json"} | headers
+        )
+        assert (answer.status_code, answer.json()["code"]) == (413, "upload_too_large")
+    padded = b'{"q": "a"' + b" " * (1 << 20) + b"}"
+    fits = service.client.post("/search", content=padded, headers={"content-type": "application/json"})
+    assert fits.status_code == 200
