@@ -27,11 +27,12 @@ ENOUGH_SEGMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. `batches` is how many training batches the fusion's statistics were gathered over, None
-    for a fusion that keeps none.
+    """What was found. `batches` is how many training batches the fusion's statistics were gathered over: 0 for
+    one that was never trained, None for one that keeps none.
 
     `fits` holds, for each branch and each convention of its inputs, how far they are from the training
-    inputs (`fusion.Fit`); `inputs` is the convention that fits, None without recordings.
+    inputs (`fusion.Fit`); `inputs` is the convention that fits, None without
+    recordings or statistics.
     """
 
     model: str
@@ -46,7 +47,7 @@ class Verification:
     @property
     def right(self) -> bool:
         """Whether nothing speaks against serving it as it is configured."""
-        return self.batches != 0 and self.inputs in (None, self.configured)
+        return self.inputs in (None, self.configured)
 
     def as_json(self) -> dict[str, Any]:
         described = asdict(self) | {"right": self.right}
@@ -86,14 +87,15 @@ def verify(
         inputs: sum(conventions[inputs].distance for conventions in found.values())
         for inputs in (next(iter(found.values())) if found else ())
     }
-    ranked = sorted(totals, key=lambda inputs: totals[inputs])
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    batches = min((int(norm.num_batches_tracked or 0) for norm in norms), default=0)
+    ranked = sorted(totals, key=lambda inputs: totals[inputs]) if batches else []
     return Verification(
         model=model.name,
         layout=model.system.fusion,
         entries=len(network.state_dict()),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        batches=min((int(norm.num_batches_tracked or 0) for norm in norms), default=0),
+        batches=batches,
         configured=model.system.inputs,
         inputs=ranked[0] if ranked else None,
         fits=found,
