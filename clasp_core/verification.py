@@ -27,12 +27,13 @@ ENOUGH_SEGMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. `batches` is how many training batches the fusion's statistics were gathered over: 0 for
-    one that was never trained, None for one that keeps none.
+    """What was found.
 
-    `fits` holds, for each branch and each convention of its inputs, how far they are from the training
-    inputs (`fusion.Fit`); `inputs` is the convention that fits, None without
-    recordings or statistics.
+    batches: how many training batches the fusion's statistics were gathered over; 0 for one that was never
+        trained, None for one that keeps none.
+    configured: the convention of its inputs that it is served with.
+    inputs: the one that fits; None without recordings or statistics.
+    fits: for each branch and convention, how far its inputs are from the training's.
     """
 
     model: str
