@@ -268,6 +268,12 @@ def evaluate(
     by: Annotated[str, typer.Option(help="Also inside each group of these fields, e.g. lang,source.")] = "",
     split: Annotated[str | None, typer.Option(help="Only items of this split.")] = None,
     protocol: Annotated[str, typer.Option(help="`clean`, or `paper` for the paper's own rules.")] = "clean",
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Paper: rank among so many, drawn at random; default all.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Paper: cosine from which a pair is predicted, for macro_f1; 0.5.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -276,6 +282,8 @@ def evaluate(
 
     if protocol not in ("clean", "paper"):
         raise typer.BadParameter("--protocol is clean or paper")
+    if protocol == "clean" and (candidates is not None or threshold is not None):
+        raise typer.BadParameter("--candidates and --threshold belong to --protocol paper")
     evaluated = open_configured_model(Settings(), model)
     report = evaluate_manifest(
         evaluated,
@@ -284,6 +292,8 @@ def evaluate(
         split=split,
         by=[field for field in by.split(",") if field],
         protocol=protocol,
+        candidates=candidates,
+        threshold=0.5 if threshold is None else threshold,
         progress=_progress_bar("embedding", hidden=as_json),
     )
     if out is not None:

@@ -5,6 +5,7 @@ This module embeds and pools; the figures themselves are `clasp_core.metrics`.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def evaluate_manifest(
     split: str | None = None,
     by: Sequence[str] = (),
     protocol: str = "clean",
+    candidates: int | None = None,
+    threshold: float = 0.5,
     progress: Progress = lambda items, total: items,
 ) -> dict[str, Any]:
     """The report that `clasp evaluate` prints: figures over all items, and inside each group of `by`.
@@ -41,6 +44,10 @@ def evaluate_manifest(
     speech-to-text: each recording against all queries. A recording scores as its best segment. Items
     whose transcripts are the same after normalisation answer each other's queries. Recordings that
     cannot be embedded are listed under `skipped` and take part in nothing.
+
+    Under the protocol "paper" each query ranks its own item among `candidates` (a smaller group: all of
+    it; None: all everywhere), and pairs from `threshold` on count as predicted, for macro_f1: see
+    `metrics.paper_figures`.
 
     Raises InvalidManifest where nothing is left to evaluate.
     """
@@ -68,14 +75,15 @@ def evaluate_manifest(
     written = time.perf_counter()
     scores = _best_segment_scores(texts, segments)
     keys = np.array([match_key(normalize_text(item.text, canonical_tag(item.lang))) for item in kept])
+    directions = _by_clean_rules if protocol == "clean" else partial(_by_paper_rules, candidates, threshold)
     report: dict[str, Any] = {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "protocol": protocol,
-        "overall": _both_directions(scores, keys, protocol),
+        "overall": directions(scores, keys),
         "groups": {
             field: {
-                value: _both_directions(scores[np.ix_(places, places)], keys[places], protocol)
+                value: directions(scores[np.ix_(places, places)], keys[places])
                 for value, places in _groups(kept, field).items()
             }
             for field in by
@@ -115,16 +123,24 @@ def _best_segment_scores(texts: Embeddings, segments: Sequence[Embeddings]) -> N
     return scores
 
 
-def _both_directions(scores: NDArray[np.float32], keys: NDArray[np.str_], protocol: str) -> dict[str, Any]:
+def _by_clean_rules(scores: NDArray[np.float32], keys: NDArray[np.str_]) -> dict[str, Any]:
     relevant = keys[:, None] == keys[None, :]
-    if protocol == "paper":
-        return {
-            "text_to_speech": metrics.paper_figures(scores),
-            "speech_to_text": metrics.paper_figures(scores.T, skip_tied_duplicates=True),
-        }
     return {
         "text_to_speech": metrics.figures(scores, relevant),
         "speech_to_text": metrics.figures(scores.T, relevant.T),
+    }
+
+
+def _by_paper_rules(
+    candidates: int | None, threshold: float, scores: NDArray[np.float32], keys: NDArray[np.str_]
+) -> dict[str, Any]:
+    """Only whole pools of texts skip tied duplicates: the paper's stage 3, whose rows are speech."""
+    drawn = None if candidates is None else min(candidates, len(scores))
+    return {
+        "text_to_speech": metrics.paper_figures(scores, candidates=drawn, threshold=threshold),
+        "speech_to_text": metrics.paper_figures(
+            scores.T, candidates=drawn, threshold=threshold, skip_tied_duplicates=drawn is None
+        ),
     }
 
 

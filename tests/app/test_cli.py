@@ -267,11 +267,12 @@ def test_evaluate_says_what_it_had_to_leave_out(tmp_path: Path, samples: dict[st
         {"id": "gone", "audio": "audio/gone.opus", "text": "Nobody knows."}
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = as_json(
-        clasp("evaluate", "m.jsonl", "--audio-root", SAMPLES, "--protocol", "paper", "--json", cwd=tmp_path)
-    )
+    arguments = ["evaluate", "m.jsonl", "--audio-root", SAMPLES, "--json", "--candidates", 10]
+    report = as_json(clasp(*arguments, "--protocol", "paper", "--threshold", 0.4, cwd=tmp_path))
     assert report["protocol"] == "paper"
-    assert report["overall"]["text_to_speech"]["n"] == 2
+    figures = report["overall"]["text_to_speech"]
+    assert (figures["n"], figures["pool"], figures["threshold"]) == (2, 2, 0.4)
+    assert clasp(*arguments, cwd=tmp_path).returncode == 2  # candidates are the paper's rule
     assert [item["id"] for item in report["skipped"]] == ["gone"]
 
 

@@ -82,7 +82,17 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_papers_protocol_is_named_in_the_report(tmp_path: Path) -> None:
-    """Figures by other rules must never be mistaken for these."""
-    report = evaluate_manifest(open_model("mini"), manifest(tmp_path), audio_root=SAMPLES, protocol="paper")
+    """Figures by other rules must never be mistaken for these; stages 1 and 2 rank among a few candidates."""
+    model, path = open_model("mini"), manifest(tmp_path)
+    report = evaluate_manifest(model, path, audio_root=SAMPLES, protocol="paper")
     assert report["protocol"] == "paper"
-    assert 0 <= report["overall"]["text_to_speech"]["macro_f1"] <= 1
+    whole = report["overall"]["text_to_speech"]
+    assert (whole["pool"], whole["threshold"]) == (4, 0.5)
+    assert 0 <= whole["macro_f1"] <= 1
+    few = evaluate_manifest(
+        model, path, audio_root=SAMPLES, protocol="paper", candidates=3, threshold=0.4, by=["lang"]
+    )
+    for direction in ("text_to_speech", "speech_to_text"):
+        figures = few["overall"][direction]
+        assert (figures["n"], figures["pool"], figures["threshold"]) == (4, 3, 0.4)
+    assert few["groups"]["lang"]["en"]["text_to_speech"]["pool"] == 2
