@@ -266,7 +266,13 @@ def _size(path: Path | None) -> int | None:
 
 
 def use_threads(threads: int) -> None:
-    """Bound the CPU threads of this process's models; 0 means half of the cores, at least one."""
+    """Bound what this process's models take on the CPU; call it before the first of them is loaded.
+
+    threads: 0 means half of the cores, at least one. oneDNN keeps a compiled kernel, with its buffers, for
+    each shape it has seen, a thousand by default; recordings have every length, so that is memory without
+    end for no speed (docs/decisions.md).
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     import torch
 
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) // 2))
