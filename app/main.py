@@ -14,7 +14,7 @@ from app.schemas import ProblemBody
 from app.service import Service
 from app.settings import Settings
 from app.telemetry import RequestContext
-from app.uploads import MAX_JSON_BYTES, JsonLimit
+from app.uploads import MAX_JSON_BYTES, BodyLimit
 
 DESCRIPTION = """Find what was said in recordings, in any language, without transcribing them.
 
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(routes.api, prefix="/v1", include_in_schema=False)
     app.include_router(routes.operations)
     errors.install(app)
-    app.add_middleware(JsonLimit, max_bytes=MAX_JSON_BYTES)
+    app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES)
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

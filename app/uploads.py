@@ -13,7 +13,6 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +23,8 @@ from clasp_core.store import AudioStore, Upload
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 16
+STREAMED = frozenset({"/audio", "/search/audio"})
+"""Where recordings arrive."""
 MAX_JSON_BYTES = 4 << 20
 """Several times what the largest acceptable POST /search needs."""
 _WRITE_BYTES = 1 << 20
@@ -53,16 +54,18 @@ class Received:
     media_type: str | None
 
 
-class JsonLimit:
-    """ASGI middleware: a JSON body is read whole before it is looked at, so it must not be of any size."""
+class BodyLimit:
+    """ASGI middleware: a body that is read whole before it is looked at must not be of any size.
+
+    Recordings are not: `receive` streams them under a limit of its own.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if "json" not in headers.get("content-type", ""):
+        if scope["type"] != "http" or scope["path"].removeprefix("/v1") in STREAMED:
             await self._app(scope, receive, send)
             return
         received = 0
