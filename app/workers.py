@@ -177,9 +177,7 @@ class _Keeper:
             _log.warning("worker ended; starting another", exit_status=code)
             try:
                 self._catalog.release(owner, died=True)
-            except (
-                Exception
-            ) as error:  # its leases run out by themselves; the next worker must start all the same
+            except Exception as error:  # the leases run out by themselves; the next worker must start
                 _log.error("the worker's recordings were not released", exc_info=error)
             lived_s = time.monotonic() - started
             pause = 0.0 if lived_s > LONGEST_PAUSE_S else min(LONGEST_PAUSE_S, 2 * pause + 0.1)

@@ -99,8 +99,8 @@ class Fusion(nn.Module):
         raise NotImplementedError
 
 
-class ConcatFusion(Fusion):
-    """`HubertLabseConcat` (INF 24, TE 12): two branches, concatenated speech first, and a joint network."""
+class _TwoBranches(Fusion):
+    """The branches of all but the gating networks, in the order in which the published files have them."""
 
     speech_branch = "audio_seq"
     picture_branch = "image_seq"
@@ -109,6 +109,13 @@ class ConcatFusion(Fusion):
         super().__init__()
         self.image_seq = picture_branch
         self.audio_seq = speech_branch
+
+
+class ConcatFusion(_TwoBranches):
+    """`HubertLabseConcat` (INF 24, TE 12): two branches, concatenated speech first, and a joint network."""
+
+    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
+        super().__init__(picture_branch, speech_branch)
         self.mix_seq = _mix()
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
@@ -178,19 +185,14 @@ class SpectrogramOnly(Fusion):
         return fused
 
 
-class TransformerFusion(Fusion):
+class TransformerFusion(_TwoBranches):
     """`ImageTextAudioNNV2` (PG 70): tried by the authors, in no table of the paper.
 
     Each modality's transformer sees a sequence of length one, so its attention has nothing to attend to.
     """
 
-    speech_branch = "audio_seq"
-    picture_branch = "image_seq"
-
     def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
-        super().__init__()
-        self.image_seq = picture_branch
-        self.audio_seq = speech_branch
+        super().__init__(picture_branch, speech_branch)
         self.image_transformer_encoder = self._transformer()
         self.audio_transformer_encoder = self._transformer()
         mix = _mix(2 * 576)
@@ -208,20 +210,15 @@ class TransformerFusion(Fusion):
         return fused
 
 
-class AttentionFusion(Fusion):
+class AttentionFusion(_TwoBranches):
     """Ours, for the paper's readers who asked: the two branches attend to each other.
 
     The branches' outputs become a sequence of two tokens, each marked by a learned vector of its
     modality; one transformer layer lets them attend to each other, and a learned query pools them.
     """
 
-    speech_branch = "audio_seq"
-    picture_branch = "image_seq"
-
     def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
-        super().__init__()
-        self.image_seq = picture_branch
-        self.audio_seq = speech_branch
+        super().__init__(picture_branch, speech_branch)
         self.modality = nn.Parameter(torch.randn(2, DIM) * 0.02)
         self.attention = nn.TransformerEncoderLayer(DIM, 8, 2 * DIM, 0.1, batch_first=True, norm_first=True)
         self.norm = nn.LayerNorm(DIM)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from clasp_core.encoders.weights import PinnedWeights, remembered_sha256
 from clasp_core.errors import ModelUnavailable
-from clasp_core.hub import PUBLISHED
 from clasp_core.systems import SYSTEMS, System, read
 from clasp_core.types import Embeddings, Waveform
 
@@ -198,7 +197,7 @@ class PaperModel:
     def text_encoder(self) -> TextEncoder:
         from clasp_core.paper import PaperTextEncoder
 
-        return PaperTextEncoder(self.located()["text"], resolve_device(self._device))
+        return PaperTextEncoder(self.located("text")["text"], resolve_device(self._device))
 
     def speech_encoder(self) -> SpeechEncoder:
         from clasp_core.paper import PaperSpeechEncoder
@@ -206,6 +205,8 @@ class PaperModel:
         return PaperSpeechEncoder(self.system, self.located(), resolve_device(self._device))
 
     def parts(self) -> list[Part]:
+        from clasp_core.hub import PUBLISHED
+
         def part(role: str, key: str) -> Part:
             published = PUBLISHED[key]
             found = None if self._models_dir is None else published.found(self._models_dir)
@@ -224,10 +225,12 @@ class PaperModel:
             parts.append(Part("fusion", "-", "was not published: train it", "-", "-", None, None))
         return parts
 
-    def located(self) -> dict[str, Path]:
-        """Where every part is. Raises ModelUnavailable, naming the first that is missing."""
+    def located(self, *roles: str) -> dict[str, Path]:
+        """Where all parts are, or those of these roles. Raises ModelUnavailable, naming a missing one."""
         located = {}
         for part in self.parts():
+            if roles and part.role not in roles:
+                continue
             if part.path is None:
                 place = self._models_dir or "CLASP_MODELS_DIR, which is not set"
                 raise ModelUnavailable(

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from clasp_core import fusion
 from clasp_core.encoders.efficientnet_b7 import EfficientNetB7
+from clasp_core.encoders.folders import read_tensors
 from clasp_core.encoders.hubert import SelfSupervisedSpeechEncoder
 from clasp_core.encoders.sentence import SentenceEncoder
 from clasp_core.errors import ModelUnavailable
@@ -128,10 +127,7 @@ def load_fusion(system: System, path: Path) -> fusion.Fusion:
 
     Raises ModelUnavailable where names or shapes are not the system's, or a value is not finite.
     """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelUnavailable(f"{path} cannot be read as safetensors: {error}.") from error
+    state = read_tensors(path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelUnavailable(f"{path}: {name} holds NaN or infinity.")

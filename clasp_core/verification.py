@@ -73,11 +73,7 @@ def verify(
     model = _opened(target, models_dir, device)
     if isinstance(model, MiniModel):
         return _verified_mini(model)
-    located = model.parts()[-1].path
-    if located is None:
-        model.located()  # says what is missing
-        raise AssertionError("a part was missing, and then was not: this is a bug")
-    network = load_fusion(model.system, located)
+    network = load_fusion(model.system, model.located("fusion")["fusion"])
     found: dict[str, dict[Inputs, fusion.Fit]] = {}
     if clips:
         found = fits(

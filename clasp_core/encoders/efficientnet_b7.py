@@ -12,11 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clasp_core.encoders.folders import leave_file
+from clasp_core.encoders.folders import leave_file, read_tensors
 from clasp_core.encoders.vision_imports import import_timm
 from clasp_core.errors import ModelUnavailable
 
@@ -111,10 +109,7 @@ class EfficientNetB7(nn.Module):
 
         Raises ModelUnavailable for a file that is not one of these, and without the `paper` extra.
         """
-        try:
-            theirs = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ModelUnavailable(f"{path} cannot be read as safetensors: {error}.") from error
+        theirs = read_tensors(path)
         variant = _variant(theirs, path)
         timm = import_timm()
         with torch.device("meta"):  # the names and shapes, without 66 million random numbers

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from clasp_core.errors import ModelUnavailable
 
@@ -36,6 +38,14 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise ModelUnavailable(f"{path} does not hold a JSON list of objects.")
     return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name. Raises ModelUnavailable where there is none."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelUnavailable(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def read_network(

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp_core.encoders.batching import batches
-from clasp_core.encoders.folders import read_json, read_json_list, read_network
+from clasp_core.encoders.folders import read_json, read_json_list, read_network, read_tensors
 from clasp_core.encoders.vision_imports import extra_missing, require_transformers
 from clasp_core.errors import ModelUnavailable
 
@@ -305,10 +303,10 @@ def _dense(folder: Path, dim: int) -> _Dense:
     linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
     if linear.in_features != dim:
         raise ModelUnavailable(f"{folder} wants {linear.in_features} numbers; {dim} come.")
+    weights = read_tensors(folder / "model.safetensors")
     try:
-        weights = load_file(folder / "model.safetensors")
         linear.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ModelUnavailable(f"{folder} holds no dense layer that can be loaded: {error}") from error
     return _Dense(linear, _ACTIVATIONS[name]())
 
