@@ -41,10 +41,11 @@ class Engine:
         library.refresh()
         self._speech_lock = threading.Lock()
 
-    def embed_recording(self, path: Path) -> NDArray[np.float32]:
-        """A recording as a query: one unit vector (dim,). Raises InvalidAudio."""
+    def embed_recording(self, path: Path, lang: str | None = None) -> NDArray[np.float32]:
+        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). Raises InvalidAudio."""
         with self._speech_lock:
-            return mean_vector(embed_recording(self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S))
+            segments = embed_recording(self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang)
+        return mean_vector(segments)
 
     @cached_property
     def _speech(self) -> SpeechEncoder:

@@ -5,7 +5,7 @@ import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 import orjson
@@ -21,7 +21,9 @@ from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
 from app.schemas import (
     MAX_QUERY_CHARACTERS,
+    MIN_SCORE,
     FilterBody,
+    MinScore,
     QueryEcho,
     RecordingBody,
     RecordingPage,
@@ -52,7 +54,7 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
 _EMPTY_IS_ABSENT = BeforeValidator(lambda given: None if given == "" else given)
 OptionalText = Annotated[str | None, _EMPTY_IS_ABSENT]
 OptionalStatus = Annotated[Status | None, _EMPTY_IS_ABSENT]
-OptionalScore = Annotated[float | None, Query(ge=-1, le=1), _EMPTY_IS_ABSENT]
+OptionalScore = Annotated[MinScore | None, Query(description=MIN_SCORE), _EMPTY_IS_ABSENT]
 
 _FORM_FIELDS = {
     "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
@@ -232,29 +234,34 @@ async def search_json(service: ServiceHere, body: SearchBody | SearchesBody) -> 
 
 @api.post(
     "/search/audio",
-    openapi_extra=_form({}),
+    openapi_extra=_form({"lang": _FORM_FIELDS["lang"]}),
     summary="Find recordings that say what a recording says",
 )
 async def search_by_recording(
     request: Request,
     service: ServiceHere,
+    lang: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: OptionalText = None,
     min_score: OptionalScore = None,
 ) -> SearchAnswer:
     started = time.perf_counter()
     async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
-        question = Question(limit, schemas.filter_of(FilterBody(), _collection(collection)), min_score)
-        answer = await _answer_to_recording(service, received.upload.path, question, started)
-    echo = QueryEcho(text=None, lang=None, normalized=None)
-    return SearchAnswer.of(echo, answer, time.perf_counter() - started)
+        narrowed = schemas.filter_of(FilterBody(), _collection(collection))
+        question = Question(limit, narrowed, _number(min_score))
+        lang = canonical_tag(received.fields.get("lang", lang) or None)
+        answer = await _answer_to_recording(service, received.upload.path, lang, question, started)
+    echo = QueryEcho(text=None, lang=lang, normalized=None)
+    return SearchAnswer.of(echo, answer, time.perf_counter() - started, min_score)
 
 
-async def _answer_to_recording(service: Service, path: Path, question: Question, started: float) -> Answer:
+async def _answer_to_recording(
+    service: Service, path: Path, lang: str | None, question: Question, started: float
+) -> Answer:
     """Embeds it again where the library was switched to another model in the middle."""
     while True:
         engine = service.answerer.engine
-        vector = await run_in_threadpool(engine.embed_recording, path)
+        vector = await run_in_threadpool(engine.embed_recording, path, lang)
         encode_s = time.perf_counter() - started
         with contextlib.suppress(EngineChanged):
             answer = await service.answerer.ask(vector, question, made_by=engine)
@@ -265,10 +272,11 @@ async def _answer(service: Service, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
     lang, normalized = _normalized(body)
     narrowed = body.filter.model_copy(update={"lang": canonical_tag(body.filter.lang)})
-    question = Question(body.limit, schemas.filter_of(narrowed, _collection(body.collection)), body.min_score)
+    among = schemas.filter_of(narrowed, _collection(body.collection))
+    question = Question(body.limit, among, _number(body.min_score))
     answer = await service.answerer.ask(normalized, question)
     echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
-    return SearchAnswer.of(echo, answer, time.perf_counter() - started)
+    return SearchAnswer.of(echo, answer, time.perf_counter() - started, body.min_score)
 
 
 def _normalized(body: SearchBody) -> tuple[str | None, str]:
@@ -277,6 +285,11 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
     if not normalized:
         raise EmptyQuery("The question is empty.")
     return lang, normalized
+
+
+def _number(min_score: float | Literal["auto"] | None) -> float | None:
+    """What the library can narrow by; `auto` is for the answer, which knows its model."""
+    return None if min_score == "auto" else min_score
 
 
 def _collection(name: str | None) -> str | None:

@@ -1,12 +1,15 @@
 """The shapes of requests and answers, as the API description shows them."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from app.answering import Answer
+from clasp_core.calibration import calibration_of
 from clasp_core.catalog import Filter, Recording
+from clasp_core.errors import NotCalibrated
 from clasp_core.library import MAX_HITS
 
 Status = Literal["pending", "processing", "ready", "failed"]
@@ -95,6 +98,30 @@ class FilterBody(BaseModel):
     ] = {}
 
 
+class _NumberOrAuto:
+    """One type to pydantic, whose errors then point at the field and not into a union."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            lambda given, number: given if given == "auto" else number(given),
+            core_schema.float_schema(ge=-1, le=1),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {
+            "anyOf": [{"type": "number", "minimum": -1, "maximum": 1}, {"type": "string", "const": "auto"}]
+        }
+
+
+MinScore: TypeAlias = Annotated[float | Literal["auto"], _NumberOrAuto()]
+MIN_SCORE = (
+    "Only hits with this score or more. `auto`: only those that are likely enough to be right, by what was"
+    " measured of the model in the question's language (`lang`) and with so much to search."
+)
+
+
 class SearchBody(BaseModel):
     """One question."""
 
@@ -107,7 +134,7 @@ class SearchBody(BaseModel):
     ] = None
     limit: Annotated[int, Field(ge=1, le=MAX_HITS)] = 10
     collection: str | None = None
-    min_score: Annotated[float | None, Field(ge=-1, le=1)] = None
+    min_score: Annotated[MinScore | None, Field(description=MIN_SCORE)] = None
     filter: FilterBody = FilterBody()
 
 
@@ -142,6 +169,13 @@ class SegmentBody(BaseModel):
     start_s: float
     end_s: float
     score: float
+    transcript: Annotated[
+        str | None,
+        Field(
+            exclude_if=lambda transcript: transcript is None,
+            description="What is said there, as the model heard it; absent where it wrote nothing down.",
+        ),
+    ] = None
 
 
 class HitLinks(BaseModel):
@@ -152,6 +186,14 @@ class HitBody(BaseModel):
     rank: int
     id: str
     score: Annotated[float, Field(description="Cosine of the query and the recording's best segment.")]
+    confidence: Annotated[
+        float | None,
+        Field(
+            exclude_if=lambda confidence: confidence is None,
+            description="Probability that a best hit with this score is right, where every second question"
+            " has an answer; absent where nobody measured it (and for questions by sound).",
+        ),
+    ] = None
     segments: Annotated[list[SegmentBody], Field(description="The matching segments, best first.")]
     lang: str | None
     collection: str
@@ -167,14 +209,43 @@ class SearchAnswer(BaseModel):
     hits: list[HitBody]
 
     @classmethod
-    def of(cls, query: QueryEcho, answer: Answer, total_s: float) -> "SearchAnswer":
+    def of(
+        cls,
+        query: QueryEcho,
+        answer: Answer,
+        total_s: float,
+        min_score: float | Literal["auto"] | None = None,
+    ) -> "SearchAnswer":
+        """Raises NotCalibrated where `min_score` is "auto" and the model's scores were not measured."""
+        in_words = query.normalized is not None
+        try:
+            calibration = calibration_of(answer.model)
+        except NotCalibrated:
+            if min_score == "auto":
+                raise
+            calibration = None
+        shown = [
+            hit
+            for hit in answer.hits
+            if calibration is None
+            or min_score != "auto"
+            or hit.score >= calibration.min_score(query.lang, hit.among, by_sound=not in_words)
+        ]
         hits = [
             HitBody(
                 rank=hit.rank,
                 id=hit.recording.id,
                 score=hit.score,
+                confidence=calibration.confidence(hit.score, query.lang, hit.among)
+                if calibration is not None and in_words
+                else None,
                 segments=[
-                    SegmentBody(start_s=round(s.start_s, 3), end_s=round(s.end_s, 3), score=s.score)
+                    SegmentBody(
+                        start_s=round(s.start_s, 3),
+                        end_s=round(s.end_s, 3),
+                        score=s.score,
+                        transcript=s.transcript,
+                    )
                     for s in hit.segments
                 ],
                 lang=hit.recording.lang,
@@ -183,7 +254,7 @@ class SearchAnswer(BaseModel):
                 metadata=dict(hit.recording.metadata),
                 links=HitLinks(content=links(hit.recording).content),
             )
-            for hit in answer.hits
+            for hit in shown
         ]
         took = {"encode": answer.encode_s, "search": answer.search_s, "total": total_s}
         return cls(

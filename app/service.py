@@ -11,8 +11,9 @@ from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.workers import Supervisor
+from clasp_core.calibration import calibration_of
 from clasp_core.catalog import StoredModel
-from clasp_core.errors import ClaspError, ModelUnavailable
+from clasp_core.errors import ClaspError, ModelUnavailable, NotCalibrated
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.types import Seconds
@@ -42,6 +43,10 @@ class Service:
         library.tidy()
         self.answerer = Answerer(Engine(model, library), self.metrics)
         self.metrics.observe_model(model.name, model.fingerprint)
+        try:
+            calibration_of(model)
+        except NotCalibrated as error:
+            _log.info("hits will carry no confidence", reason=error.detail)
         self.supervisor = Supervisor(settings, library.catalog, self.metrics)
         self._cannot_follow: str | None = None
         self._exchanging_workers = False

@@ -20,7 +20,7 @@ class Settings(BaseSettings):
     )
 
     model: str = "mini"
-    """`mini`, the embedded default, or a model folder."""
+    """`mini`, the embedded default; `hybrid`, which reads transcripts too; or a model folder."""
     models_dir: Path | None = None
     """Folder looked at first for pretrained weights."""
     hub_endpoint: Annotated[

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import alembic.command
 import alembic.config
@@ -75,6 +75,7 @@ _segments = sa.Table(
     sa.Column("start_s", sa.Float),
     sa.Column("end_s", sa.Float),
     sa.Column("vector", sa.LargeBinary),
+    sa.Column("transcript", sa.Text),
 )
 _changes = sa.Table(
     "changes",
@@ -164,7 +165,8 @@ class NewRecording:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedSegment:
-    """A segment as it is stored: seconds from the start of its recording, and its unit vector (dim,).
+    """A segment as it is stored: seconds from the start of its recording, its unit vector (dim,), and what
+    is said in it where the model writes that down.
 
     ValueError for any other vector: one NaN committed would stop every replica at that change.
     """
@@ -172,10 +174,19 @@ class EmbeddedSegment:
     start_s: Seconds
     end_s: Seconds
     vector: NDArray[np.float32]
+    transcript: str | None = None
 
     def __post_init__(self) -> None:
         if not abs(float(np.linalg.norm(self.vector)) - 1) < 1e-3:
             raise ValueError("a segment's vector is not finite and of unit length")
+
+
+class Span(NamedTuple):
+    """Where a stored segment is in its recording, and what is said there, if its model wrote it down."""
+
+    start_s: Seconds
+    end_s: Seconds
+    transcript: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,15 +479,13 @@ class Catalog:
             vectors=np.frombuffer(b"".join(row.vector for row in found), "<f4").reshape(-1, dim),
         )
 
-    def spans(
-        self, segments: Sequence[tuple[int, int]], *, model: str
-    ) -> dict[tuple[int, int], tuple[Seconds, Seconds]]:
-        """(start, end) seconds of a model's segments, each named by (recording key, ordinal)."""
+    def spans(self, segments: Sequence[tuple[int, int]], *, model: str) -> dict[tuple[int, int], Span]:
+        """A model's segments, each named by (recording key, ordinal), as far as they are there."""
         named = sa.tuple_(_segments.c.recording, _segments.c.ordinal).in_(segments)
-        query = sa.select(_segments.c.recording, _segments.c.ordinal, _segments.c.start_s, _segments.c.end_s)
+        columns = [_segments.c[name] for name in ("recording", "ordinal", *Span._fields)]
         with self._read() as db:
-            rows = db.execute(query.where(named & (_segments.c.model == model)))
-            return {(row.recording, row.ordinal): (row.start_s, row.end_s) for row in rows}
+            rows = db.execute(sa.select(*columns).where(named & (_segments.c.model == model)))
+            return {(row.recording, row.ordinal): Span(*row[2:]) for row in rows}
 
     def matching(self, wanted: "Filter") -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
@@ -791,6 +800,7 @@ def _store(db: sa.Connection, key: int, model: str, segments: Sequence[EmbeddedS
                 "start_s": segment.start_s,
                 "end_s": segment.end_s,
                 "vector": segment.vector.astype("<f4").tobytes(),
+                "transcript": segment.transcript,
             }
             for ordinal, segment in enumerate(segments)
         ]

@@ -12,6 +12,13 @@ def place(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A small file's content, UTF-8 where it is text: after any crash the old one or the new, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    place(temporary, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Return when the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -14,12 +14,15 @@
     │       └── AudioTooLong
     ├── RecordingNotFound
     ├── IdConflict
+    ├── NotCalibrated
+    ├── ExtraMissing
     ├── ModelUnavailable
     │   ├── WeightsMismatch
     │   └── InvalidCheckpoint
     │       └── UnsafeCheckpoint
     ├── DataMismatch
     ├── IndexUnavailable
+    ├── VoiceUnavailable
     ├── ProcessingFailed
     └── NotReady
 
@@ -118,6 +121,18 @@ class IdConflict(ClaspError):
     code = "id_conflict"
 
 
+class NotCalibrated(ClaspError):
+    """What scores mean was asked of a model of which nobody measured it, or of which another version was."""
+
+    code = "not_calibrated"
+
+
+class ExtraMissing(ClaspError):
+    """A package of an optional extra is not installed; says which."""
+
+    code = "extra_missing"
+
+
 class ModelUnavailable(ClaspError):
     """The model's weights are not on this machine, or its name is unknown."""
 
@@ -152,6 +167,12 @@ class IndexUnavailable(ClaspError):
     """The vector store that was configured cannot run on this machine as it is installed."""
 
     code = "index_unavailable"
+
+
+class VoiceUnavailable(ClaspError):
+    """A synthesiser or a voice that is not on this machine; says what to install."""
+
+    code = "voice_unavailable"
 
 
 class ProcessingFailed(ClaspError):

@@ -1,7 +1,8 @@
 """The fusion networks of the paper and its notebooks, and the two losses they were trained with.
 
 A fusion maps a speech vector (n, 1024 or 768) and a spectrogram vector (n, 1000) to the space of the
-text encoder (n, 768). Its output is not of unit length (reference: INF 24, TE 12-16, PG 68-74).
+text encoder (n, 768). Its output is not of unit length (reference: INF 24, TE 12-16, PG 68-74). With
+smaller encoders than the paper's, those widths are theirs; the layers between keep the paper's.
 
 Sub-module names and order are those of the published files. They mislead: `text_seq` and the gates
 called `..._text` are the *speech* side; shapes, never names, say which branch is which.
@@ -19,13 +20,13 @@ from torch.nn import functional as F
 from clasp_core.errors import ModelUnavailable
 
 DIM = 768
-"""Of LaBSE, of the paraphrase XLM-R, and so of every fusion."""
+"""Of LaBSE, of the paraphrase XLM-R, and so of every fusion of the paper's."""
 SPEECH_DIM = 1024
 PICTURE_DIM = 1000
 """HuBERT-large's width, and the ImageNet classes whose logits EfficientNet-B7 gives."""
 
 
-def _branch(inputs: int, first: int = 768) -> nn.Sequential:
+def _branch(inputs: int, dim: int, first: int = 768) -> nn.Sequential:
     """The final models' branch: 43 of the published entries are made of two of these and a joint part."""
     return nn.Sequential(
         nn.Linear(inputs, first),
@@ -36,7 +37,7 @@ def _branch(inputs: int, first: int = 768) -> nn.Sequential:
         nn.BatchNorm1d(576),
         nn.LeakyReLU(),
         nn.Dropout(0.10),
-        nn.Linear(576, DIM),
+        nn.Linear(576, dim),
     )
 
 
@@ -56,11 +57,11 @@ def _narrow_branch(inputs: int) -> nn.Sequential:
     )
 
 
-def _early_branch(inputs: int) -> nn.Sequential:
-    return nn.Sequential(*_narrow_branch(inputs), nn.Linear(576, DIM))
+def _early_branch(inputs: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(*_narrow_branch(inputs), nn.Linear(576, dim))
 
 
-def _early_gating_branch(inputs: int) -> nn.Sequential:
+def _early_gating_branch(inputs: int, dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, 1024),
         nn.BatchNorm1d(1024),
@@ -70,23 +71,23 @@ def _early_gating_branch(inputs: int) -> nn.Sequential:
         nn.BatchNorm1d(512),
         nn.ReLU(),
         nn.Dropout(0.1),
-        nn.Linear(512, DIM),
+        nn.Linear(512, dim),
     )
 
 
-def _mix(inputs: int = 2 * DIM) -> nn.Sequential:
+def _mix(inputs: int, dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, 1024),
         nn.BatchNorm1d(1024),
         nn.LeakyReLU(),
         nn.Linear(1024, 800),
         nn.LeakyReLU(),
-        nn.Linear(800, DIM),
+        nn.Linear(800, dim),
     )
 
 
 class Fusion(nn.Module):
-    """What all of them are: (speech (n, s), picture (n, p)) to (n, 768), not of unit length.
+    """What all of them are: (speech (n, s), picture (n, p)) to (n, dim), not of unit length.
 
     A fusion of one branch ignores the other input, which may be None.
     """
@@ -114,9 +115,9 @@ class _TwoBranches(Fusion):
 class ConcatFusion(_TwoBranches):
     """`HubertLabseConcat` (INF 24, TE 12): two branches, concatenated speech first, and a joint network."""
 
-    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
+    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential, dim: int = DIM) -> None:
         super().__init__(picture_branch, speech_branch)
-        self.mix_seq = _mix()
+        self.mix_seq = _mix(2 * dim, dim)
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
         joined = torch.cat((self.audio_seq(speech), self.image_seq(picture)), dim=1)
@@ -134,17 +135,17 @@ class GatingFusion(Fusion):
     speech_branch = "text_seq"
     picture_branch = "image_seq"
 
-    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
+    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential, dim: int = DIM) -> None:
         super().__init__()
         self.image_seq = picture_branch
         self.text_seq = speech_branch
-        self.input_gate_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
-        self.input_gate_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
-        self.forget_gate_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
-        self.forget_gate_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Sigmoid())
-        self.tanh_text = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
-        self.tanh_image = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
-        self.weight = nn.Sequential(nn.Linear(2 * DIM, 2 * DIM))
+        self.input_gate_text = nn.Sequential(nn.Linear(dim, dim), nn.Sigmoid())
+        self.input_gate_image = nn.Sequential(nn.Linear(dim, dim), nn.Sigmoid())
+        self.forget_gate_text = nn.Sequential(nn.Linear(dim, dim), nn.Sigmoid())
+        self.forget_gate_image = nn.Sequential(nn.Linear(dim, dim), nn.Sigmoid())
+        self.tanh_text = nn.Sequential(nn.Linear(dim, dim), nn.Tanh())
+        self.tanh_image = nn.Sequential(nn.Linear(dim, dim), nn.Tanh())
+        self.weight = nn.Sequential(nn.Linear(2 * dim, 2 * dim))
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
         said, seen = self.text_seq(speech), self.image_seq(picture)
@@ -191,11 +192,11 @@ class TransformerFusion(_TwoBranches):
     Each modality's transformer sees a sequence of length one, so its attention has nothing to attend to.
     """
 
-    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
+    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential, dim: int = DIM) -> None:
         super().__init__(picture_branch, speech_branch)
         self.image_transformer_encoder = self._transformer()
         self.audio_transformer_encoder = self._transformer()
-        mix = _mix(2 * 576)
+        mix = _mix(2 * 576, dim)
         self.mix_seq, self.fc = mix[:3], mix[3:]
 
     @staticmethod
@@ -217,13 +218,13 @@ class AttentionFusion(_TwoBranches):
     modality; one transformer layer lets them attend to each other, and a learned query pools them.
     """
 
-    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential) -> None:
+    def __init__(self, picture_branch: nn.Sequential, speech_branch: nn.Sequential, dim: int = DIM) -> None:
         super().__init__(picture_branch, speech_branch)
-        self.modality = nn.Parameter(torch.randn(2, DIM) * 0.02)
-        self.attention = nn.TransformerEncoderLayer(DIM, 8, 2 * DIM, 0.1, batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(DIM)
-        self.pool = nn.Linear(DIM, 1)
-        self.out = nn.Linear(DIM, DIM)
+        self.modality = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.attention = nn.TransformerEncoderLayer(dim, 8, 2 * dim, 0.1, batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.pool = nn.Linear(dim, 1)
+        self.out = nn.Linear(dim, dim)
 
     def forward(self, speech: Tensor | None, picture: Tensor | None) -> Tensor:
         tokens = torch.stack((self.audio_seq(speech), self.image_seq(picture)), dim=1) + self.modality
@@ -233,49 +234,57 @@ class AttentionFusion(_TwoBranches):
 
 
 class Layout(NamedTuple):
-    """How a fusion is built for given input widths, and the notebooks' name of it (None: it is ours)."""
+    """How a fusion is built for given widths of speech, picture and output, and the notebooks' name of it
+    (None: it is ours)."""
 
-    build: Callable[[int, int], Fusion]
+    build: Callable[[int, int, int], Fusion]
     notebook_class: str | None
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "concat": Layout(lambda s, p: ConcatFusion(_branch(p), _branch(s)), "HubertLabseConcat"),
-    "gating": Layout(lambda s, p: GatingFusion(_branch(p), _branch(s)), "HubertLabseGating"),
-    "attention": Layout(lambda s, p: AttentionFusion(_branch(p), _branch(s)), None),
-    "speech": Layout(lambda s, _: SpeechOnly(_branch(s)), None),
-    "spectrogram": Layout(lambda _, p: SpectrogramOnly(_branch(p)), None),
-    "early-concat": Layout(lambda s, p: ConcatFusion(_early_branch(p), _early_branch(s)), "ImageTextAudioNN"),
+    "concat": Layout(lambda s, p, d: ConcatFusion(_branch(p, d), _branch(s, d), d), "HubertLabseConcat"),
+    "gating": Layout(lambda s, p, d: GatingFusion(_branch(p, d), _branch(s, d), d), "HubertLabseGating"),
+    "attention": Layout(lambda s, p, d: AttentionFusion(_branch(p, d), _branch(s, d), d), None),
+    "speech": Layout(lambda s, _, d: SpeechOnly(_branch(s, d)), None),
+    "spectrogram": Layout(lambda _, p, d: SpectrogramOnly(_branch(p, d)), None),
+    "early-concat": Layout(
+        lambda s, p, d: ConcatFusion(_early_branch(p, d), _early_branch(s, d), d), "ImageTextAudioNN"
+    ),
     "early-gating": Layout(
-        lambda s, p: GatingFusion(_early_gating_branch(p), _early_gating_branch(s)), "ImageTextAudioNNGating"
+        lambda s, p, d: GatingFusion(_early_gating_branch(p, d), _early_gating_branch(s, d), d),
+        "ImageTextAudioNNGating",
     ),
-    "early-speech": Layout(lambda s, _: SpeechOnly(_early_branch(s)), "TextAudioNN"),
-    "early-spectrogram": Layout(lambda _, p: SpectrogramOnly(_early_branch(p)), "ImagetextNN"),
+    "early-speech": Layout(lambda s, _, d: SpeechOnly(_early_branch(s, d)), "TextAudioNN"),
+    "early-spectrogram": Layout(lambda _, p, d: SpectrogramOnly(_early_branch(p, d)), "ImagetextNN"),
     "early-transformer": Layout(
-        lambda s, p: TransformerFusion(_narrow_branch(p), _narrow_branch(s)), "ImageTextAudioNNV2"
+        lambda s, p, d: TransformerFusion(_narrow_branch(p), _narrow_branch(s), d), "ImageTextAudioNNV2"
     ),
-    "wav2vec-concat": Layout(lambda s, p: ConcatFusion(_branch(p), _branch(s, first=700)), "Wav2vecConcat"),
+    "wav2vec-concat": Layout(
+        lambda s, p, d: ConcatFusion(_branch(p, d), _branch(s, d, first=700), d), "Wav2vecConcat"
+    ),
 }
 
 
-def create(layout: str, speech_dim: int = SPEECH_DIM, picture_dim: int = PICTURE_DIM) -> Fusion:
+def create(
+    layout: str, speech_dim: int = SPEECH_DIM, picture_dim: int = PICTURE_DIM, dim: int = DIM
+) -> Fusion:
     """A fusion with fresh random weights, in training mode. KeyError for an unknown layout."""
-    return LAYOUTS[layout].build(speech_dim, picture_dim)
+    return LAYOUTS[layout].build(speech_dim, picture_dim, dim)
 
 
-def restore(layout: str, state: Mapping[str, Tensor]) -> Fusion:
+def restore(layout: str, state: Mapping[str, Tensor], dim: int = DIM) -> Fusion:
     """The fusion with these weights, in eval mode: input widths are read from the branches' first layers.
 
     Gates may be named as bare layers, without the `.0` of the notebook's Sequential.
     Raises ModelUnavailable where a name is missing, left over, or of another shape.
     """
-    template = LAYOUTS[layout].build(1, 1)
+    template = LAYOUTS[layout].build(1, 1, 8)
 
     def width(branch: str | None) -> int:
         first = state.get(f"{branch}.0.weight")
         return 1 if first is None or first.ndim != 2 else first.shape[1]
 
-    fusion = create(layout, width(template.speech_branch), width(template.picture_branch))
+    fusion = create(layout, width(template.speech_branch), width(template.picture_branch), dim)
     state = {_GATE.sub(r"\1.0.\2", name): tensor for name, tensor in state.items()}
     try:
         fusion.load_state_dict(
@@ -298,7 +307,7 @@ TEMPERATURE = 0.07
 
 
 def clasp_loss(
-    speech: Tensor, text: Tensor, *, temperature: float = TEMPERATURE, inverted: bool = False
+    speech: Tensor, text: Tensor, *, temperature: float | Tensor = TEMPERATURE, inverted: bool = False
 ) -> Tensor:
     """The symmetric contrastive loss of a batch: speech (n, d) and text (n, d), row i said and meant alike.
 

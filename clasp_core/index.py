@@ -35,6 +35,8 @@ class Match:
     recording: int
     score: float
     segments: tuple[tuple[int, float], ...]
+    among: int
+    """How many segments were searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class VectorIndex:
         matches = []
         for recording, scored in exact.items():
             scored.sort(key=lambda segment: (-segment[1], segment[0]))
-            matches.append(Match(recording, scored[0][1], tuple(scored[:segments])))
+            matches.append(Match(recording, scored[0][1], tuple(scored[:segments]), size))
         if len(matches) > limit:
             last = sorted((match.score for match in matches), reverse=True)[limit - 1]
             matches = [match for match in matches if match.score >= last]

@@ -23,9 +23,9 @@ from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
 from clasp_core.library import Library
-from clasp_core.models import SpeechEncoder
+from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
-from clasp_core.types import SAMPLING_RATE, Embeddings, Seconds, Segment, Waveform
+from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -144,9 +144,10 @@ class Ingester:
         with closing(_ahead(_batches(segments))) as batches:
             for batch in batches:
                 decode -= mark - (mark := time.perf_counter())
-                vectors = _encode(self._encoder, [segment for _, segment in batch])
-                for (job, segment), vector in zip(batch, vectors, strict=True):
-                    job.segments.append(EmbeddedSegment(segment.start_s, segment.end_s, vector))
+                langs = [job.recording.lang for job, _ in batch]
+                embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
+                for (job, _), segment in zip(batch, embedded, strict=True):
+                    job.segments.append(segment)
                 embed -= mark - (mark := time.perf_counter())
                 if self._stopping.is_set():
                     break
@@ -206,10 +207,12 @@ def embed_recording(
     *,
     max_duration_s: Seconds,
     segmenting: SegmentConfig | None = None,
+    lang: str | None = None,
 ) -> list[EmbeddedSegment]:
     """The segments of one recording that belongs to no library, as an `Ingester` would embed them.
 
-    Raises InvalidAudio where it cannot be decoded or nothing can be heard.
+    `lang` is what is spoken, as an upload may say it, for an encoder that can use it. Raises InvalidAudio
+    where it cannot be decoded or nothing can be heard.
     """
     segments = recording_segments(
         encoder.picture_rate, recording, max_duration_s=max_duration_s, segmenting=segmenting
@@ -217,11 +220,7 @@ def embed_recording(
     embedded: list[EmbeddedSegment] = []
     with closing(_ahead(_batches(segments))) as batches:
         for batch in batches:
-            vectors = _encode(encoder, batch)
-            embedded += [
-                EmbeddedSegment(segment.start_s, segment.end_s, vector)
-                for segment, vector in zip(batch, vectors, strict=True)
-            ]
+            embedded += _embed(encoder, batch, [lang] * len(batch))
     if not embedded:
         raise SilentAudio("Nothing can be heard in this recording.")
     return embedded
@@ -266,9 +265,23 @@ def _segments(
     return with_pictured(segments, blocks(picture_rate), picture_rate)
 
 
-def _encode(encoder: SpeechEncoder, segments: Sequence[Segment]) -> Embeddings:
+def hear(encoder: SpeechEncoder, segments: Sequence[Segment], langs: Sequence[str | None]) -> Heard:
+    """What an encoder of either kind makes of segments; `langs` are what is spoken in them, where known."""
+    waveforms = [segment.waveform for segment in segments]
+    if isinstance(encoder, TranscribingEncoder):
+        return encoder.hear(waveforms, langs)
     pictured = [segment.pictured for segment in segments if segment.pictured is not None]
-    return encoder.encode([segment.waveform for segment in segments], pictured or None)
+    return Heard(encoder.encode(waveforms, pictured or None), [None] * len(segments))
+
+
+def _embed(
+    encoder: SpeechEncoder, segments: Sequence[Segment], langs: Sequence[str | None]
+) -> list[EmbeddedSegment]:
+    heard = hear(encoder, segments, langs)
+    return [
+        EmbeddedSegment(segment.start_s, segment.end_s, vector, transcript)
+        for segment, vector, transcript in zip(segments, heard.vectors, heard.transcripts, strict=True)
+    ]
 
 
 def _batches(segments: Iterator[T]) -> Iterator[list[T]]:

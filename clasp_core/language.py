@@ -108,7 +108,7 @@ def normalize_text(text: str, lang: str | None) -> str:
 
     `lang` is a BCP 47 tag; raises InvalidLanguage as `canonical_tag` does.
     """
-    language = _language(lang)
+    language = primary_language(lang)
     # A removed character may bring two together that compose, or that a joiner stood between.
     while (normal := _normalized_once(text, language)) != text:
         text = normal
@@ -141,7 +141,7 @@ def _character(character: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _language(tag: str | None) -> str | None:
+def primary_language(tag: str | None) -> str | None:
     """The primary language, with Iranian Persian and Dari (pes, prs) as fa and so on."""
     canonical = canonical_tag(tag)
     return None if canonical is None else langcodes.Language.get(canonical).prefer_macrolanguage().language

@@ -36,6 +36,8 @@ class Hit:
     recording: Recording
     score: float
     segments: tuple[SegmentHit, ...]
+    among: int
+    """How many segments were searched: the best of many wrong ones scores higher than that of few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +188,11 @@ class Library:
                 recording=recordings[match.recording],
                 score=match.score,
                 segments=tuple(
-                    SegmentHit(*spans[match.recording, ordinal], score)
+                    SegmentHit(span.start_s, span.end_s, score, span.transcript)
                     for ordinal, score in match.segments
-                    if (match.recording, ordinal) in spans
+                    if (span := spans.get((match.recording, ordinal))) is not None
                 ),
+                among=match.among,
             )
             for rank, match in enumerate(kept, 1)
         ]

@@ -1,12 +1,14 @@
 """Manifests: recordings with their transcripts, one JSON object a line, for evaluation and training."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from clasp_core.durability import write_whole
 from clasp_core.errors import InvalidLanguage, InvalidManifest
 from clasp_core.language import canonical_tag
 
@@ -64,6 +66,46 @@ def read_manifest(path: Path, audio_root: Path | None = None) -> list[ManifestIt
     if not items:
         raise InvalidManifest(f"{path} is empty: it needs one JSON object a line.")
     return items
+
+
+def write_manifest(path: Path, items: Iterable[ManifestItem]) -> None:
+    """Put the items into a file that `read_manifest` gives back as they are, in their order.
+
+    `audio` is written relative to the manifest's folder, so that both can move together. The file appears
+    whole or not at all, in place of one that was there. Raises InvalidManifest, writing nothing, for items
+    that no manifest can hold: an id twice, an empty field, an `extra` that is not JSON or bears the name
+    of another field, or no item.
+    """
+    root = path.parent
+    lines: dict[str, bytes] = {}
+    for item in items:
+        line = _line(item, root)
+        try:
+            _item(line, root)
+        except (InvalidManifest, InvalidLanguage) as error:
+            raise InvalidManifest(f"The item {item.id!r} cannot be written: {error.detail}") from error
+        if item.id in lines:
+            raise InvalidManifest(f"The id {item.id!r} is used twice.")
+        lines[item.id] = line
+    if not lines:
+        raise InvalidManifest(f"There is nothing to write to {path}: a manifest has at least one item.")
+    write_whole(path, b"".join(line + b"\n" for line in lines.values()))
+
+
+def _line(item: ManifestItem, root: Path) -> bytes:
+    if taken := set(item.extra) & {*_REQUIRED, *_OPTIONAL}:
+        raise InvalidManifest(f"The item {item.id!r} has {', '.join(sorted(taken))} among its other fields.")
+    known = {name: value for name in _OPTIONAL if (value := getattr(item, name)) is not None}
+    audio, folder = item.audio.absolute(), root.absolute()
+    inside = audio.is_relative_to(folder)
+    relative = (
+        audio.relative_to(folder) if inside else Path(os.path.relpath(audio.resolve(), folder.resolve()))
+    )
+    fields = {"id": item.id, "audio": relative.as_posix(), "text": item.text, **known, **item.extra}
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError, of a lone surrogate, among them
+        raise InvalidManifest(f"The item {item.id!r} cannot be written as JSON: {error}") from error
 
 
 def _item(line: bytes, root: Path) -> ManifestItem:

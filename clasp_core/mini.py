@@ -1,17 +1,19 @@
 """`mini`, the embedded default model: CLASP's shape on small pretrained parts.
 
-    waveform ── log-mel ─┬─ whisper-base encoder ── 5 tokens/s of 1024 ─┐
-                         │                                              ├─ fusion ── unit vector (384)
-                         └─ EfficientNet-Lite0 ──── 1 token/s of 1280 ──┘
-    text ── multilingual-e5-small ── minus the mean text vector ────────── unit vector (384)
+    waveform ── log-mel ─┬─ whisper-base encoder ─── frames ───────────── 50/s of 512 ──┐
+                         │      └── whisper-base decoder, by windows ───── 5/s of 512 ──┼─ fusion ── vector
+                         └─ EfficientNet-Lite0 ──── pictures ───────────── 1/s of 1280 ─┘
+    text ── multilingual-e5-small ── minus the mean text vector ────────────────────────────────── vector
 
-As in the paper (section 3) the encoders stay frozen and only the fusion is trained, towards the text
-encoder's space. Ours differs where the paper's readers wished it to: tokens are pooled by attention
-rather than averaged, and the spectrogram branch passes a learned gate.
+Both vectors are of unit length, 384 wide. As in the paper (section 3) speech and spectrogram encoders stay
+frozen and the fusion is trained, towards the text encoder's space. Ours is made of what pretrained networks
+know already: Whisper's decoder hears the words of each window (`encoders/whisper_decoder.py`), and the text
+encoder's own layers read them, with all doubts, as they would read a text. Low-rank adapters and a few linear
+layers are all that is trained.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,16 +24,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clasp_core.encoders import adaptation
 from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
 from clasp_core.encoders.efficientnet import DIM as PICTURE_DIM
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
 from clasp_core.encoders.whisper import DIM as FRAME_DIM
-from clasp_core.encoders.whisper import MELS, WHISPER_BASE, LogMel, Mel, WhisperEncoder
+from clasp_core.encoders.whisper import (
+    MELS,
+    WHISPER_BASE_HALVES,
+    Frames,
+    LogMel,
+    Mel,
+    WhisperEncoder,
+)
+from clasp_core.encoders.whisper_decoder import STRIDE, WORDS, WindowDecoder
+from clasp_core.errors import ModelUnavailable
 from clasp_core.types import Embeddings, Waveform
 
 DIM = 384
-TOKEN_FRAMES = 10
-"""Whisper frames (20 ms each) in one speech token of the fusion: 5 tokens a second."""
 TILE_FRAMES = 96
 """Log-mel frames (10 ms each) in one picture: 80 x 96 pixels, a multiple of the network's stride of 32."""
 
@@ -39,37 +49,58 @@ TILE_FRAMES = 96
 class Features(NamedTuple):
     """What the frozen encoders give for a batch of clips, padded with zeros beyond each clip's lengths.
 
-    speech (batch, tokens, 1024): the means of the first and second half of every 10 Whisper frames.
-    pictures (batch, tiles, 1280): one EfficientNet vector per 0.96 s of spectrogram.
+    frames (batch, n, 512): Whisper's, 50 a second. pictures (batch, tiles, 1280): one EfficientNet vector
+    per 0.96 s of spectrogram. languages (batch, 99): how likely each of Whisper's is.
     """
 
-    speech: Tensor
-    speech_lengths: Tensor
+    frames: Tensor
+    frame_lengths: Tensor
     pictures: Tensor
     picture_lengths: Tensor
+    languages: Tensor
 
     def to(self, device: torch.device) -> "Features":
         return Features(*(tensor.to(device) for tensor in self))
 
 
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows (n, width) of different n as one tensor (batch, n, width) with zeros behind, and their lengths."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths
+
+
 class SpeechBackbone(nn.Module):
-    """The two frozen encoders of a clip: samples to `Features`."""
+    """The frozen encoders of a clip: samples to `Features`.
+
+    On a CPU the encoders take one clip at a time, where padding costs more than batching saves; the
+    decoder takes all together, since what it costs is mostly the reading of its weights.
+    """
 
     def __init__(self, models_dir: Path | None) -> None:
         super().__init__()
+        halves = [half.locate(models_dir) for half in WHISPER_BASE_HALVES]
         self.log_mel = LogMel()
-        self.whisper = WhisperEncoder.load(WHISPER_BASE.locate(models_dir))
+        self.whisper = WhisperEncoder.load(halves[1])
+        self.decoder = WindowDecoder.load(halves)
         self.efficientnet = EfficientNetLite0.load(EFFICIENTNET_LITE0.locate(models_dir))
 
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[Waveform]) -> Features:
-        mel = self.log_mel(waveforms)
-        frames, lengths = self.whisper(mel)
-        speech_lengths = -(-lengths // TOKEN_FRAMES)
-        return Features(_tokens(frames, lengths), speech_lengths, *self._pictures(mel))
+        one_by_one = self.decoder.positions.device.type == "cpu"
+        batches = [[waveform] for waveform in waveforms] if one_by_one else [waveforms]
+        frames: list[Tensor] = []
+        pictures: list[Tensor] = []
+        for batch in batches:
+            mel = self.log_mel(batch)
+            heard = self.whisper(mel)
+            frames += [row[:n] for row, n in zip(heard.values, heard.lengths.tolist(), strict=True)]
+            pictures += self._pictures(mel)
+        together = Frames(*padded(frames))
+        return Features(*together, *padded(pictures), self.decoder.languages(together))
 
-    def _pictures(self, mel: Mel) -> tuple[Tensor, Tensor]:
-        """The spectrogram cut into tiles of fixed size: a clip's pictures never depend on its batch."""
+    def _pictures(self, mel: Mel) -> Sequence[Tensor]:
+        """One (tiles, 1280) a clip. The spectrogram is cut into tiles of fixed size: a clip's pictures
+        never depend on its batch."""
         lengths = -(-mel.lengths // TILE_FRAMES)
         rows = []
         for values, frames, tiles in zip(mel.values, mel.lengths.tolist(), lengths.tolist(), strict=True):
@@ -78,125 +109,259 @@ class SpeechBackbone(nn.Module):
             canvas[:, :frames] = values[:, :frames]
             rows.append(canvas.view(MELS, tiles, TILE_FRAMES).transpose(0, 1))
         pictures = torch.cat(rows).flip(1).unsqueeze(1).expand(-1, 3, -1, -1)
-        features = self.efficientnet(pictures).split(lengths.tolist())
-        return nn.utils.rnn.pad_sequence(list(features), batch_first=True), lengths
+        features: Sequence[Tensor] = self.efficientnet(pictures).split(lengths.tolist())
+        return features
 
 
-def _tokens(frames: Tensor, lengths: Tensor) -> Tensor:
-    """(batch, n, 512) frames to (batch, ceil(n / 10), 1024) tokens; means over the valid frames only."""
-    batch, n, _ = frames.shape
-    half = TOKEN_FRAMES // 2
-    padded = F.pad(frames, (0, 0, 0, -n % TOKEN_FRAMES))
-    halves = padded.shape[1] // half
-    valid = (torch.arange(padded.shape[1], device=frames.device) < lengths.unsqueeze(1)).view(
-        batch, halves, half
-    )
-    sums = padded.view(batch, halves, half, FRAME_DIM).sum(2)
-    means = sums / valid.sum(2).clamp(min=1).unsqueeze(2)
-    return means.view(batch, halves // 2, 2 * FRAME_DIM)
+class _Reader(nn.Module):
+    """The text encoder's layers, reading what was heard in place of pieces of text."""
 
+    positions: Tensor
+    token_type: Tensor
+    before: Tensor
+    after: Tensor
 
-class _AttentionPool(nn.Module):
-    """Tokens to one vector per head group: learned queries, softmax over time, concatenated and projected."""
-
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, e5: E5Encoder) -> None:
         super().__init__()
-        self.scores = nn.Linear(width, heads)
-        self.project = nn.Linear(width, width)
-        self.heads = heads
+        self.norm = e5.norm
+        self.layers = e5.layers
+        prefix = e5.tokenizer.encode("query:").ids
+        for name, values in (
+            ("positions", e5.positions.data),
+            ("token_type", e5.token_type.data),
+            ("before", e5.words(torch.tensor(prefix[:-1]))),
+            ("after", e5.words(torch.tensor(prefix[-1:]))),
+        ):
+            self.register_buffer(name, values.clone(), persistent=False)
 
-    def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        batch, n, width = tokens.shape
-        scores = self.scores(tokens).masked_fill(~valid.unsqueeze(2), float("-inf"))
-        weights = scores.softmax(1).transpose(1, 2).unsqueeze(2)
-        values = tokens.view(batch, n, self.heads, width // self.heads).transpose(1, 2)
-        pooled: Tensor = self.project((weights @ values).flatten(1))
-        return pooled
+    def forward(self, heard: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+        """`heard` (batch, n, 384), of which each place counts as `counts` (batch, n) say, from 0 to 1.
 
-
-class FusionHead(nn.Module):
-    """One fusion network: a speech branch, a spectrogram branch behind a gate, and their sum.
-
-    `Features` to unit vectors (batch, 384).
-    """
-
-    def __init__(self, width: int, layers: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.speech_in = nn.Sequential(
-            nn.LayerNorm(2 * FRAME_DIM), nn.Dropout(dropout), nn.Linear(2 * FRAME_DIM, width)
+        A place that counts for less than half has the position of the one before it: repetitions of a word
+        do not move the rest of the sentence. The mean of the last layer, of unit length.
+        """
+        batch = len(heard)
+        prefix = len(self.before)
+        places = prefix - 1 + ((counts > 0.5) & valid).long().cumsum(1)
+        places = places.clamp(prefix, len(self.positions) - 2)
+        positions = torch.cat(
+            (
+                self.positions[:prefix].expand(batch, -1, -1),
+                self.positions[places],
+                self.positions[places.amax(1, keepdim=True) + 1],
+            ),
+            dim=1,
         )
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 2 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        pieces = torch.cat(
+            (self.before.expand(batch, -1, -1), heard, self.after.expand(batch, -1, -1)), dim=1
         )
-        self.speech_layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.speech_norm = nn.LayerNorm(width)
-        self.speech_pool = _AttentionPool(width, heads)
-        self.speech_out = nn.Linear(width, DIM)
-        self.picture_in = nn.Sequential(
-            nn.LayerNorm(PICTURE_DIM), nn.Linear(PICTURE_DIM, width), nn.GELU(), nn.Dropout(dropout)
-        )
-        self.picture_pool = _AttentionPool(width, heads)
-        self.picture_out = nn.Linear(width, DIM)
-        self.gate = nn.Linear(2 * DIM, DIM)
-        nn.init.constant_(self.gate.bias, -2.0)
+        one = torch.ones(batch, 1, device=heard.device)
+        weights = torch.cat((one.expand(batch, prefix), counts * valid, one), dim=1)
+        mask = weights.clamp(min=1e-4).log().masked_fill(weights == 0, -1e4)[:, None, None, :]
+        x = self.norm(pieces + positions + self.token_type)
+        for layer in self.layers:
+            x = layer(x, mask)
+        pooled = (x.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        return F.normalize(pooled, dim=1)
 
-    def forward(self, features: Features, with_picture: Tensor | None = None) -> Tensor:
-        """`with_picture` (batch, 1): which clips' spectrogram branch counts; all, unless training says so."""
-        valid = _valid(features.speech_lengths, features.speech.shape[1])
-        x = self.speech_in(features.speech)
-        x = self.speech_layers(x, src_key_padding_mask=~valid)
-        speech = self.speech_out(self.speech_pool(self.speech_norm(x), valid))
-        valid = _valid(features.picture_lengths, features.pictures.shape[1])
-        picture = self.picture_out(self.picture_pool(self.picture_in(features.pictures), valid))
-        gate = torch.sigmoid(self.gate(torch.cat((speech, picture), dim=1)))
-        if with_picture is not None:
-            gate = gate * with_picture
-        return F.normalize(speech + gate * picture, dim=1)
+
+class Read(NamedTuple):
+    """What a fusion makes of a batch: unit vectors (batch, 384), and the windows they were read from."""
+
+    vectors: Tensor
+    windows: Tensor
+    """States of the words heard, (batch, n, 512)."""
+    valid: Tensor
+    """Which windows are a clip's own, and were not withheld, (batch, n)."""
 
 
 class MiniFusion(nn.Module):
     """The trained part: `Features` to unit vectors (batch, 384) in the mean-centred text space.
 
-    The mean of a few heads that were trained apart: with so little speech to learn from, what one head
-    gets wrong by chance the others mostly do not. `text_mean` (384,) is the mean text vector of the
-    training sentences; the text side subtracts it.
+    `text_mean` (384,) is the mean text vector of the training sentences; the text side subtracts it.
+    `pieces` and `piece_ends`: the text encoder's pieces of each of Whisper's tokens, end to end; tokens
+    without any (parts of characters) are never heard.
     """
 
     text_mean: Tensor
+    meanings: Tensor
+    silent: Tensor
+    pieces: Tensor
+    piece_ends: Tensor
 
     def __init__(
-        self, members: int = 3, width: int = 384, layers: int = 2, heads: int = 8, dropout: float = 0.2
+        self,
+        decoder: WindowDecoder,
+        e5: E5Encoder,
+        pieces: Tensor,
+        piece_ends: Tensor,
+        rank: int = 16,
     ) -> None:
         super().__init__()
-        self.config = {"members": members, "width": width, "layers": layers, "heads": heads}
+        self.config = {"rank": rank}
+        self.decoder = decoder
+        self.reader = _Reader(e5)
+        for module in (self.decoder.blocks, self.reader.layers):
+            module.requires_grad_(False)
+            adaptation.add_adapters(module, rank)
+        self.decoder.norm.requires_grad_(False)
+        self.reader.norm.requires_grad_(False)
+        self.from_frames = nn.Linear(2 * FRAME_DIM, DIM)
+        self.from_states = nn.Linear(FRAME_DIM, DIM)
+        self.picture_norm = nn.LayerNorm(PICTURE_DIM)
+        self.from_pictures = nn.Linear(PICTURE_DIM, DIM)
+        for addition in (self.from_frames, self.from_states, self.from_pictures):
+            nn.init.zeros_(addition.weight)
+            nn.init.zeros_(addition.bias)
+        self.counts = nn.Linear(FRAME_DIM, 1)
+        nn.init.zeros_(self.counts.weight)
+        nn.init.constant_(self.counts.bias, 6.0)
+        self.repetition = nn.Parameter(torch.tensor(-8.0))
         self.register_buffer("text_mean", torch.zeros(DIM))
-        self.heads = nn.ModuleList(FusionHead(width, layers, heads, dropout) for _ in range(members))
+        self.register_buffer("pieces", pieces)
+        self.register_buffer("piece_ends", piece_ends)
+        meanings, silent = _meanings(e5, pieces, piece_ends)
+        self.register_buffer("meanings", meanings, persistent=False)
+        self.register_buffer("silent", silent, persistent=False)
 
-    def forward(self, features: Features) -> Tensor:
-        return F.normalize(torch.stack([head(features) for head in self.heads]).sum(0), dim=1)
+    def forward(
+        self,
+        features: Features,
+        *,
+        with_picture: Tensor | None = None,
+        audible: Tensor | None = None,
+    ) -> Read:
+        """For training: `with_picture` (batch,) says whose spectrogram counts, `audible` (batch, n) which
+        windows are heard at all; all, unless it says so.
+        """
+        frames = Frames(features.frames, features.frame_lengths)
+        states, lengths = self.decoder(frames, features.languages)
+        count = states.shape[1]
+        valid = torch.arange(count, device=states.device) < lengths[:, None]
+        if audible is not None:
+            valid = valid & audible
+        sound = _halves(frames, count)
+        heard, repeated = self._heard(states)
+        heard = heard + self.from_frames(sound).float() + self.from_states(states).float()
+        pictures = self.from_pictures(self.picture_norm(self._pictured(features, count))).float()
+        heard = heard + (pictures if with_picture is None else pictures * with_picture[:, None, None])
+        counts = torch.sigmoid(self.counts(states)[..., 0].float() + self.repetition * repeated)
+        vectors = F.normalize(self.reader(heard, counts, valid) - self.text_mean, dim=1)
+        return Read(vectors, states, valid)
+
+    def _heard(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Each window's expected meaning, (batch, n, 384), and how surely its word is the last window's."""
+        scores = states @ self.decoder.tokens[:WORDS].to(states.dtype).T
+        words = scores.float().masked_fill(self.silent, float("-inf")).softmax(2).to(states.dtype)
+        repeated = F.pad((words[:, 1:] * words[:, :-1]).sum(2).float(), (1, 0))
+        return (words @ self.meanings.to(states.dtype)).float(), repeated
+
+    @staticmethod
+    def _pictured(features: Features, count: int) -> Tensor:
+        """The picture that each window begins in, (batch, count, 1280)."""
+        place = STRIDE * torch.arange(count, device=features.pictures.device) // (TILE_FRAMES // 2)
+        last = (features.picture_lengths - 1).clamp(min=0)
+        places = torch.minimum(place[None], last[:, None])
+        return features.pictures.gather(1, places[..., None].expand(-1, -1, PICTURE_DIM))
+
+    def trained(self) -> dict[str, Tensor]:
+        """All that a file of this fusion holds."""
+        state = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        return state | {name: getattr(self, name) for name in ("text_mean", "pieces", "piece_ends")}
 
 
-def _valid(lengths: Tensor, width: int) -> Tensor:
-    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+def _halves(frames: Frames, count: int) -> Tensor:
+    """(batch, count, 1024): means over the halves of the 0.2 s that each window begins with."""
+    values, _ = frames
+    batch, n, _ = values.shape
+    padded = F.pad(values, (0, 0, 0, count * STRIDE - n))
+    return padded.view(batch, count, 2, STRIDE // 2, FRAME_DIM).mean(3).flatten(2)
 
 
-PRETRAINED = {"speech": WHISPER_BASE, "spectrogram": EFFICIENTNET_LITE0, "text": E5_SMALL}
+def _meanings(e5: E5Encoder, pieces: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean embedding of the pieces of each of Whisper's tokens (50257, 384), and which have none."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    words = torch.repeat_interleave(torch.arange(WORDS), counts)
+    sums = torch.zeros(WORDS, DIM)
+    for start in range(0, len(pieces), 1 << 14):
+        chosen = slice(start, start + (1 << 14))
+        sums.index_add_(0, words[chosen], e5.words(pieces[chosen].long()))
+    return sums / counts.clamp(min=1)[:, None], counts == 0
 
 
-def load_fusion(path: Path) -> MiniFusion:
-    """The trained fusion from a safetensors file (which records its own shape), in eval mode."""
+PRETRAINED = {
+    "speech": WHISPER_BASE_HALVES[1],
+    "words": WHISPER_BASE_HALVES[0],
+    "spectrogram": EFFICIENTNET_LITE0,
+    "text": E5_SMALL,
+}
+
+
+def build_fusion(
+    models_dir: Path | None,
+    pieces: Tensor,
+    piece_ends: Tensor,
+    *,
+    decoder: WindowDecoder | None = None,
+    rank: int = 16,
+) -> MiniFusion:
+    """An untrained fusion on the pretrained parts; it takes a decoder that is there already."""
+    if decoder is None:
+        decoder = WindowDecoder.load([half.locate(models_dir) for half in WHISPER_BASE_HALVES])
+    e5 = E5Encoder.load(E5_SMALL.locate(models_dir))
+    return MiniFusion(decoder, e5, pieces, piece_ends, rank)
+
+
+def read_fusion(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """What a fusion's file holds: its shape, and its tensors, in float32 where they are numbers.
+
+    Raises ModelUnavailable where it is of another version.
+    """
     with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-    fusion = MiniFusion(**config)
-    fusion.load_state_dict(state)
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ModelUnavailable(
+                f"{path} was trained by another version of this program: it is no {FORMAT}. Train it again."
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return json.loads(metadata["config"]), {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+
+
+FORMAT = "mini-fusion/3"
+
+
+def load_fusion(path: Path, models_dir: Path | None, decoder: WindowDecoder | None = None) -> MiniFusion:
+    """The trained fusion from a safetensors file (which records its own shape), to serve.
+
+    Raises ModelUnavailable for a file of another version, or whose tensors are not this network's.
+    """
+    config, state = read_fusion(path)
+    fusion = build_fusion(models_dir, state["pieces"], state["piece_ends"], decoder=decoder, **config)
+    expected = fusion.trained()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected or state[name].shape != expected[name].shape:
+            raise ModelUnavailable(f"{path} does not hold this network's {name}.")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+    adaptation.merge(fusion)
     return fusion.eval().requires_grad_(False)
 
 
 def save_fusion(fusion: MiniFusion, path: Path) -> None:
-    """Half precision halves the file; cosines change by less than 1e-5."""
-    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in fusion.state_dict().items()}
-    save_file(state, path, {"config": json.dumps(fusion.config)})
+    """Half precision halves the file; cosines change by less than 1e-4."""
+    write_fusion(fusion.config, fusion.trained(), path)
+
+
+def write_fusion(config: Mapping[str, int], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The inverse of `read_fusion`."""
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(state, path, {"format": FORMAT, "config": json.dumps(dict(config))})
 
 
 class MiniTextEncoder:
@@ -224,18 +389,18 @@ class MiniSpeechEncoder:
     picture_rate: int | None = None
 
     def __init__(self, fusion: Path, models_dir: Path | None, device: torch.device) -> None:
-        self._backbone = SpeechBackbone(models_dir).to(device)
-        self._fusion = load_fusion(fusion).to(device)
-        self._together = 32 if device.type == "cuda" else 1
+        backbone = SpeechBackbone(models_dir)
+        self._fusion = load_fusion(fusion, models_dir, backbone.decoder.twin()).to(device)
+        self._backbone = backbone.to(device)
+        self._together = 32 if device.type == "cuda" else 4
+        """More would hold too much: each window's words are 50,257 numbers."""
 
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
-        """On a GPU, clips of like length go together; on a CPU one at a time, where padding costs
-        more than batching saves (measured: 0.021 against 0.030 of real time)."""
         vectors = np.empty((len(waveforms), DIM), np.float32)
         order = sorted(range(len(waveforms)), key=lambda place: len(waveforms[place]))
         for start in range(0, len(order), self._together):
             places = order[start : start + self._together]
             features = self._backbone([waveforms[place] for place in places])
-            vectors[places] = self._fusion(features).cpu().numpy()
+            vectors[places] = self._fusion(features).vectors.cpu().numpy()
         return vectors

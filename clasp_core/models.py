@@ -8,18 +8,21 @@ the process that answers questions needs the text side only, and the one that in
 """
 
 import hashlib
+import importlib.util
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from clasp_core.encoders import Heard as Heard
+from clasp_core.encoders import SpeechEncoder as SpeechEncoder
+from clasp_core.encoders import TextEncoder as TextEncoder
+from clasp_core.encoders import TranscribingEncoder as TranscribingEncoder
 from clasp_core.encoders.weights import PinnedWeights, remembered_sha256
 from clasp_core.errors import ModelUnavailable
 from clasp_core.systems import SYSTEMS, System, read
-from clasp_core.types import Embeddings, Waveform
 
 if TYPE_CHECKING:
     import torch
@@ -28,27 +31,6 @@ _EMBEDDED = Path(__file__).parent / "weights"
 
 PROCESSING = 1
 """Raise when decoding, segmenting or text normalisation changes what vectors come out."""
-
-
-class TextEncoder(Protocol):
-    dim: int
-
-    def encode(self, texts: Sequence[str]) -> Embeddings:
-        """Normalised texts to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4)."""
-        ...
-
-
-class SpeechEncoder(Protocol):
-    dim: int
-    picture_rate: int | None
-    """Hz of the second copy of each segment that the encoder's spectrogram is made of; None: needs none."""
-
-    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
-        """Segments of up to 30 s to unit rows (n, dim); a row does not depend on its neighbours (to 1e-4).
-
-        `pictured` holds the same segments at `picture_rate`; ValueError where they are needed and missing.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +57,8 @@ class Model(Protocol):
     dim: int
     about: str
     """One phrase that says which model this is."""
+    calibration_file: Path | None
+    """Where what its scores mean is kept, if it was measured: see `clasp_core.calibration`."""
 
     @property
     def fingerprint(self) -> str:
@@ -89,18 +73,19 @@ class Model(Protocol):
     def parts(self) -> list[Part]: ...
 
 
-AVAILABLE = ("mini", *SYSTEMS)
+EMBEDDED = ("mini", "hybrid")
+AVAILABLE = (*EMBEDDED, *SYSTEMS)
 
 
 def open_model(name: str, *, models_dir: Path | None = None, device: str = "cpu") -> Model:
     """The model of that name, or the one in that folder.
 
-    A folder holds `model.json` and `fusion.safetensors`, as `clasp train` writes them. `device` is "cpu",
+    A folder holds `model.json` and what that describes, as `clasp train` writes them. `device` is "cpu",
     "cuda" or "auto". Raises ModelUnavailable for a name that is neither, or a folder of another version.
     """
     if name in SYSTEMS:
         return PaperModel(name, SYSTEMS[name], None, models_dir, device)
-    folder = _EMBEDDED / name if name == "mini" else Path(name)
+    folder = _EMBEDDED / name if name in EMBEDDED else Path(name)
     try:
         description = json.loads((folder / "model.json").read_text())
     except FileNotFoundError:
@@ -113,6 +98,12 @@ def open_model(name: str, *, models_dir: Path | None = None, device: str = "cpu"
     match description:
         case {"format": "clasp-model/1", "architecture": "mini", "dim": int(dim)}:
             return MiniModel(name, dim, fusion, models_dir, device)
+        case {"format": "clasp-model/1", "architecture": "hybrid", "base": str(base)}:
+            place = base if base in EMBEDDED else str(folder / base)
+            mixed = open_model(place, models_dir=models_dir, device=device)
+            if not isinstance(mixed, MiniModel):
+                raise ModelUnavailable(f"{folder} is a mixture with {base!r}, which is no model like mini.")
+            return HybridModel(name, mixed, folder / "mixture.json", models_dir, device)
         case {"format": "clasp-model/1", "architecture": "paper", "system": dict(system)}:
             return PaperModel(name, read(system), fusion, models_dir, device)
     raise ModelUnavailable(f"{folder} holds a model of another version of this program.")
@@ -127,6 +118,7 @@ class MiniModel:
         self.name = name
         self.dim = dim
         self.fusion = fusion
+        self.calibration_file: Path | None = fusion.parent / "calibration.json"
         self._models_dir = models_dir
         self._device = device
 
@@ -150,19 +142,6 @@ class MiniModel:
     def parts(self) -> list[Part]:
         from clasp_core.mini import PRETRAINED
 
-        def part(role: str, weights: PinnedWeights) -> Part:
-            found = weights.found(self._models_dir)
-            source = " or ".join(f"{s.distribution}=={s.version}" for s in weights.sources)
-            return Part(
-                role,
-                weights.sources[0].distribution,
-                weights.title,
-                weights.licence,
-                source,
-                _size(found),
-                found,
-            )
-
         trained = Part(
             "fusion",
             f"{self.name} fusion",
@@ -172,7 +151,85 @@ class MiniModel:
             _size(self.fusion),
             self.fusion,
         )
-        return [*(part(role, weights) for role, weights in PRETRAINED.items()), trained]
+        return [
+            *(_pinned_part(role, weights, self._models_dir) for role, weights in PRETRAINED.items()),
+            trained,
+        ]
+
+
+class HybridModel:
+    """A model like `mini` with transcripts mixed into its speech vectors; its questions are unchanged."""
+
+    about = "mini, with transcripts by whisper-base mixed in"
+
+    def __init__(
+        self, name: str, base: MiniModel, mixture: Path, models_dir: Path | None, device: str
+    ) -> None:
+        self.name = name
+        self.dim = base.dim
+        self.base = base
+        self.mixture = mixture
+        self.calibration_file: Path | None = mixture.parent / "calibration.json"
+        self._models_dir = models_dir
+        self._device = device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        from clasp_core.hybrid import identity
+        from clasp_core.transcription import whisper_identity
+
+        for part in self._own_parts():
+            if part.path is None:
+                remedy = "pip install 'clasp-search[transcription]'"
+                lacking = self.mixture if part.role == "mixture" else f"{part.title}: {remedy}"
+                raise ModelUnavailable(f"The model {self.name!r} lacks {lacking}.")
+        own = [whisper_identity(), identity(), remembered_sha256(self.mixture)]
+        return _digest([PROCESSING, self.base.fingerprint, *own])
+
+    def text_encoder(self) -> TextEncoder:
+        return self.base.text_encoder()
+
+    def speech_encoder(self) -> SpeechEncoder:
+        from clasp_core.hybrid import HybridSpeechEncoder, Mixture
+        from clasp_core.transcription import WhisperTranscriber
+
+        transcriber = WhisperTranscriber(self._models_dir, device=resolve_device(self._device).type)
+        mixture = Mixture.load(self.mixture)
+        return HybridSpeechEncoder(self.base.speech_encoder(), self.text_encoder(), transcriber, mixture)
+
+    def parts(self) -> list[Part]:
+        return [*self.base.parts(), *self._own_parts()]
+
+    def _own_parts(self) -> list[Part]:
+        from clasp_core.encoders.whisper import WHISPER_BASE_HALVES
+        from clasp_core.transcription import WHISPER_FILES
+
+        whole, half = WHISPER_FILES[0], WHISPER_BASE_HALVES[0]
+        found = half.found(self._models_dir) or whole.found(self._models_dir)
+        package, runtime = half.sources[0], importlib.util.find_spec("ctranslate2")
+        engine = Path(runtime.origin).parent if runtime is not None and runtime.origin is not None else None
+        mixture = self.mixture if self.mixture.is_file() else None
+        return [
+            Part(
+                "transcriber",
+                package.distribution,
+                "the whisper-base decoder",
+                half.licence,
+                f"{package.distribution}=={package.version}",
+                _size(found),
+                found,
+            ),
+            Part("runtime", "ctranslate2", "CTranslate2, which runs it", "MIT", "ctranslate2", None, engine),
+            Part(
+                "mixture",
+                f"{self.name} mixture",
+                "trained by this project",
+                "MIT",
+                "here",
+                _size(mixture),
+                mixture,
+            ),
+        ]
 
 
 class PaperModel:
@@ -182,22 +239,29 @@ class PaperModel:
         self, name: str, system: System, fusion: Path | None, models_dir: Path | None, device: str
     ) -> None:
         self.name = name
-        self.dim = 768
+        self.dim = system.dim
         self.about = system.about
         self.system = system
         self._fusion = fusion
+        self.calibration_file: Path | None = None
+        if fusion is not None:
+            self.calibration_file = fusion.parent / "calibration.json"
+        elif models_dir is not None:
+            self.calibration_file = models_dir / "calibrations" / f"{name}.json"
         self._models_dir = models_dir
         self._device = device
 
     @cached_property
     def fingerprint(self) -> str:
-        parts = {role: _content_hash(path) for role, path in self.located().items()}
+        parts = {role: content_hash(path) for role, path in self.located().items()}
         return _digest([PROCESSING, self.system.as_json(), parts])
 
     def text_encoder(self) -> TextEncoder:
         from clasp_core.paper import PaperTextEncoder
 
-        return PaperTextEncoder(self.located("text")["text"], resolve_device(self._device))
+        own = () if self._fusion is None else ("fusion",)
+        located = self.located("text", "tokenizer", *own)
+        return PaperTextEncoder(self.system, located, resolve_device(self._device))
 
     def speech_encoder(self) -> SpeechEncoder:
         from clasp_core.paper import PaperSpeechEncoder
@@ -213,12 +277,20 @@ class PaperModel:
             size = _size(found) if found else published.megabytes * 1_000_000
             return Part(role, key, published.title, published.licence, published.source, size, found)
 
-        parts = [part(role, key) for role, key in self.system.pretrained.items()]
+        parts = []
+        for role, key in self.system.pretrained.items():
+            pinned = _pinned(role, key)
+            parts += [_pinned_part(name, weights, self._models_dir) for name, weights in pinned.items()]
+            if not pinned:
+                parts.append(part(role, key))
         if self._fusion is not None:
-            fusion = self._fusion if self._fusion.is_file() else None
-            parts.append(
-                Part("fusion", "own", "a model folder's own", "its own", "here", _size(fusion), fusion)
-            )
+            adapter = self._fusion.with_name("encoder.safetensors")
+            for role, path in (("fusion", self._fusion), ("adapter", adapter)):
+                found = path if path.is_file() else None
+                if role == "fusion" or found is not None:
+                    parts.append(
+                        Part(role, "own", "a model folder's own", "its own", "here", _size(found), found)
+                    )
         elif self.system.weights is not None:
             parts.append(part("fusion", self.system.weights))
         else:
@@ -233,6 +305,8 @@ class PaperModel:
                 continue
             if part.path is None:
                 place = self._models_dir or "CLASP_MODELS_DIR, which is not set"
+                for weights in _pinned(part.role, self.system.pretrained.get(part.role, "")).values():
+                    weights.locate(self._models_dir)
                 raise ModelUnavailable(
                     f"The model {self.name!r} lacks its {part.role} part ({part.title}) in {place}:"
                     " run `clasp models fetch`, or put the published files there."
@@ -247,10 +321,36 @@ def _digest(identity: object) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
+def _pinned(role: str, key: str) -> "dict[str, PinnedWeights]":
+    """The files of a small pretrained part by role, or none where it is one of `hub.PUBLISHED`."""
+    from clasp_core.encoders.e5 import E5_SMALL
+    from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0
+    from clasp_core.encoders.use import USE_MULTILINGUAL, USE_WORDS
+    from clasp_core.encoders.whisper import WHISPER_BASE, WHISPER_TINY_EN
+
+    files = {
+        "whisper-base": {role: WHISPER_BASE},
+        "whisper-tiny-en": {role: WHISPER_TINY_EN},
+        "efficientnet-lite0": {role: EFFICIENTNET_LITE0},
+        "efficientnet-lite0-logits": {role: EFFICIENTNET_LITE0},
+        "e5-small": {role: E5_SMALL},
+        "use-multilingual": {role: USE_MULTILINGUAL, "tokenizer": USE_WORDS},
+    }
+    return files.get(key, {})
+
+
+def _pinned_part(role: str, weights: PinnedWeights, models_dir: Path | None) -> Part:
+    found = weights.found(models_dir)
+    source = " or ".join(f"{s.distribution}=={s.version}" for s in weights.sources)
+    return Part(
+        role, weights.sources[0].distribution, weights.title, weights.licence, source, _size(found), found
+    )
+
+
 _WEIGHT_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """sha256 of a file, or of the names and hashes of all files in a folder that a model can be read from."""
     if path.is_file():
         return remembered_sha256(path)

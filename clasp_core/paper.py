@@ -4,10 +4,11 @@
     waveform 22,050 Hz ── picture ── EfficientNet-B7 ── 1000 ─┴─ fusion ── unit vector (768)
     text ── LaBSE ───────────────────────────────────────────────────────── unit vector (768)
 
-Which of them, and which fusion, a `System` says. All are frozen (paper, section 3).
+Which of them, and which fusion, a `System` says; small encoders may stand in the large ones' places. All are
+frozen (paper, section 3), except where a trained folder brings a speech encoder's upper layers along.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,34 +18,66 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clasp_core import fusion
+from clasp_core.encoders import adaptation
+from clasp_core.encoders.e5 import E5Encoder
 from clasp_core.encoders.efficientnet_b7 import EfficientNetB7
 from clasp_core.encoders.folders import read_tensors
 from clasp_core.encoders.hubert import SelfSupervisedSpeechEncoder
 from clasp_core.encoders.sentence import SentenceEncoder
+from clasp_core.encoders.small import LitePictures, MeanWhisper
+from clasp_core.encoders.use import UseEncoder
 from clasp_core.errors import ModelUnavailable
 from clasp_core.spectrogram import PICTURE_RATE, SpectrogramPictures, reference_width
 from clasp_core.systems import Inputs, System
 from clasp_core.types import Embeddings, Waveform
 
+TEXT_MEAN = "text_mean"
+"""The entry of a fusion's file that holds the mean vector (dim,) of the texts it was trained on."""
+
 
 class PaperTextEncoder:
-    """Sentences to unit vectors (n, 768)."""
+    """Sentences to unit vectors (n, dim), in the space where the fusion was trained.
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._encoder = SentenceEncoder.load(folder).to(device)
-        self.dim = self._encoder.dim
+    That is the text encoder's own, or, where the fusion's file has a `text_mean`, the space without that
+    mean: small text encoders press all sentences into a narrow cone around it.
+    """
+
+    def __init__(self, system: System, parts: Mapping[str, Path], device: torch.device) -> None:
+        self.dim = system.dim
+        self._mean = torch.zeros((), device=device)
+        if "fusion" in parts and (mean := read_tensors(parts["fusion"]).get(TEXT_MEAN)) is not None:
+            if mean.shape != (self.dim,) or not torch.isfinite(mean).all():
+                raise ModelUnavailable(
+                    f"{parts['fusion']}: {TEXT_MEAN} is not a mean of {system.text} vectors."
+                )
+            self._mean = mean.to(device)
+        self._encode = load_text_encoder(system, parts, device)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Embeddings:
         if not texts:
             return np.empty((0, self.dim), np.float32)
-        vectors: Embeddings = F.normalize(self._encoder(texts), dim=1).cpu().numpy()
+        vectors: Embeddings = (
+            F.normalize(self._encode(texts).to(self._mean) - self._mean, dim=1).cpu().numpy()
+        )
         return vectors
+
+
+def load_text_encoder(
+    system: System, parts: Mapping[str, Path], device: torch.device
+) -> Callable[[Sequence[str]], Tensor]:
+    """What maps texts to rows (n, dim) as they come."""
+    match system.text:
+        case "e5-small":
+            return E5Encoder.load(parts["text"]).to(device)
+        case "use-multilingual":
+            return UseEncoder(parts["text"], parts["tokenizer"])
+    return SentenceEncoder.load(parts["text"]).to(device)
 
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """What the frozen encoders make of some segments: (n, 1024) or (n, 768), and (n, 1000), as they come."""
+    """What the encoders make of some segments, as they come: HuBERT-large's (n, 1024), B7's (n, 1000)."""
 
     speech: Tensor | None
     picture: Tensor | None
@@ -57,7 +90,7 @@ class Branches:
 
 
 class PaperBackbone:
-    """A system's frozen speech and spectrogram encoders.
+    """A system's speech and spectrogram encoders. `parts` may have an `adapter` of the former.
 
     On CUDA, HuBERT computes in bfloat16 and EfficientNet in channels-last float32; elsewhere all is float32.
     """
@@ -67,9 +100,11 @@ class PaperBackbone:
         self.speech = self.pictures = self.spectrogram = None
         if system.speech is not None:
             dtype = torch.bfloat16 if cuda else torch.float32
-            self.speech = SelfSupervisedSpeechEncoder.load(parts["speech"], dtype).to(device)
+            self.speech = load_speech_encoder(system, parts, dtype).to(device)
         if system.spectrogram is not None:
-            self.spectrogram = EfficientNetB7.load(parts["spectrogram"], channels_last=cuda).to(device)
+            self.spectrogram = _load_picture_encoder(
+                system.spectrogram, parts["spectrogram"], channels_last=cuda
+            ).to(device)
             self.pictures = SpectrogramPictures().to(device)
         self.picture_rate = None if self.pictures is None else PICTURE_RATE
 
@@ -85,7 +120,7 @@ class PaperBackbone:
         return Branches(speech, picture)
 
     def _logits(self, pictured: Sequence[Waveform]) -> Tensor:
-        """EfficientNet's logits (n, 1000) of the pictures, each as wide as the reference's.
+        """EfficientNet's logits (n, 1000), or features, of the pictures, each as wide as the reference's.
 
         Its time labels make that 608 to 610 columns, and the network's padding is not indifferent to it,
         so pictures go through it with those of their own width.
@@ -101,14 +136,34 @@ class PaperBackbone:
         return logits
 
 
+def load_speech_encoder(
+    system: System, parts: Mapping[str, Path], dtype: torch.dtype = torch.float32
+) -> SelfSupervisedSpeechEncoder | MeanWhisper:
+    """The system's speech encoder on the CPU, adapted where `parts` says so; Whisper always in float32."""
+    encoder: SelfSupervisedSpeechEncoder | MeanWhisper
+    if system.speech in ("whisper-base", "whisper-tiny-en"):
+        encoder = MeanWhisper.load(parts["speech"])
+    else:
+        encoder = SelfSupervisedSpeechEncoder.load(parts["speech"], dtype)
+    if "adapter" in parts:
+        adaptation.apply(encoder, parts["adapter"])
+    return encoder
+
+
+def _load_picture_encoder(name: str, path: Path, *, channels_last: bool) -> EfficientNetB7 | LitePictures:
+    if name == "efficientnet-b7":
+        return EfficientNetB7.load(path, channels_last=channels_last)
+    return LitePictures.load(path, logits=name.endswith("-logits"))
+
+
 class PaperSpeechEncoder:
-    """Segments to unit vectors (n, 768)."""
+    """Segments to unit vectors (n, dim)."""
 
     def __init__(self, system: System, parts: Mapping[str, Path], device: torch.device) -> None:
         self._inputs = system.inputs
         self._fusion = load_fusion(system, parts["fusion"]).to(device)
         self._backbone = PaperBackbone(system, parts, device)
-        self.dim = fusion.DIM
+        self.dim = system.dim
         self.picture_rate: int | None = self._backbone.picture_rate
 
     @torch.inference_mode()
@@ -131,7 +186,8 @@ def load_fusion(system: System, path: Path) -> fusion.Fusion:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelUnavailable(f"{path}: {name} holds NaN or infinity.")
-    return fusion.restore(system.fusion, state)
+    state.pop(TEXT_MEAN, None)
+    return fusion.restore(system.fusion, state, system.dim)
 
 
 def fits(network: fusion.Fusion, branches: Branches) -> dict[str, dict[Inputs, fusion.Fit]]:

@@ -37,6 +37,11 @@ class System:
     """Where in the paper or the notebooks it is."""
 
     @property
+    def dim(self) -> int:
+        """Of its vectors: the text encoder's space is the one."""
+        return TEXT_DIMS[self.text]
+
+    @property
     def pretrained(self) -> dict[str, str]:
         """The frozen parts, by role."""
         parts = {"speech": self.speech, "spectrogram": self.spectrogram, "text": self.text}
@@ -47,9 +52,11 @@ class System:
         return {name: value for name, value in asdict(self).items() if name not in ("weights", "about")}
 
 
-SPEECH_ENCODERS = ("hubert-large", "wav2vec2-base")
-SPECTROGRAM_ENCODERS = ("efficientnet-b7",)
-TEXT_ENCODERS = ("labse", "xlm-r")
+# Beside the paper's own, small ones from package registries, so that every system can be tried anywhere.
+SPEECH_ENCODERS = ("hubert-large", "wav2vec2-base", "whisper-base", "whisper-tiny-en")
+SPECTROGRAM_ENCODERS = ("efficientnet-b7", "efficientnet-lite0", "efficientnet-lite0-logits")
+TEXT_DIMS: Mapping[str, int] = {"labse": 768, "xlm-r": 768, "e5-small": 384, "use-multilingual": 512}
+TEXT_ENCODERS = tuple(TEXT_DIMS)
 
 SYSTEMS: Mapping[str, System] = {
     "paper": System(weights="clasp-concat", about="the final model (table 2, stages 3 and 4)"),

@@ -33,8 +33,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentHit:
-    """A matching span. `score` is the cosine with the query, in [-1, 1]."""
+    """A matching span. `score` is the cosine with the query, in [-1, 1].
+
+    `transcript` is what is said in it, as its model heard it; None by models that write nothing down.
+    """
 
     start_s: Seconds
     end_s: Seconds
     score: float
+    transcript: str | None = None

@@ -14,7 +14,7 @@ import torch
 from clasp_core import fusion
 from clasp_core.errors import InvalidAudio, ModelUnavailable
 from clasp_core.ingest import recording_segments
-from clasp_core.mini import load_fusion as load_mini_fusion
+from clasp_core.mini import read_fusion
 from clasp_core.models import MiniModel, PaperModel, open_model, resolve_device
 from clasp_core.paper import Branches, PaperBackbone, fits, load_fusion
 from clasp_core.systems import SYSTEMS, Inputs
@@ -104,12 +104,12 @@ def _verified_mini(model: MiniModel) -> Verification:
     for part in model.parts():
         if part.path is None:
             raise ModelUnavailable(f"The {part.role} part, {part.source}, is not on this machine.")
-    fusion = load_mini_fusion(model.fusion)
+    _, tensors = read_fusion(model.fusion)
     return Verification(
         model=model.name,
         layout="mini",
-        entries=len(fusion.state_dict()),
-        parameters=sum(parameter.numel() for parameter in fusion.parameters()),
+        entries=len(tensors),
+        parameters=sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
         batches=None,
         configured="raw",
         inputs=None,

@@ -107,7 +107,7 @@ class E5Encoder(nn.Module):
     @torch.inference_mode()
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Texts without prefix: "query: " is put before each, the model's advice for symmetric tasks."""
-        encodings = self.tokenizer.encode_batch([self._prepared(f"query: {text}") for text in texts])
+        encodings = self.tokenizer.encode_batch([self.prepared(f"query: {text}") for text in texts])
         device = self.token_type.device
         ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
         valid = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
@@ -118,7 +118,7 @@ class E5Encoder(nn.Module):
         weights = valid.unsqueeze(-1).float()
         return F.normalize((x * weights).sum(1) / weights.sum(1), dim=1)
 
-    def _prepared(self, text: str) -> str:
+    def prepared(self, text: str) -> str:
         """XLM-R's character normalisation, which its tokenizer expects to have happened."""
         return unicodedata.normalize("NFC", text).translate(self.character_map)
 

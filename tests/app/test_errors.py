@@ -85,7 +85,7 @@ def test_what_is_not_json_is_malformed(service: RunningService, body: str) -> No
 
 def test_a_wrong_value_is_pointed_at(service: RunningService) -> None:
     """422 answers say where, as a JSON pointer, and why: forms put the reason beside the field."""
-    body = check_problem(service.client.get("/search?q=a&limit=x&min_score=2"), 422, "invalid_input")
+    body = check_problem(service.client.get("/search?q=a&limit=x&min_score=automatic"), 422, "invalid_input")
     assert {error["pointer"] for error in body["errors"]} == {"/query/limit", "/query/min_score"}
     assert all(error["reason"] for error in body["errors"])
 

@@ -42,18 +42,18 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from clasp_core import models
-    from clasp_core.mini import load_fusion, save_fusion
+    from clasp_core.mini import read_fusion, write_fusion
 
     mini = Path(models.__file__).parent / "weights" / "mini"
     folder = tmp_path_factory.mktemp("models") / "other"
     folder.mkdir()
     (folder / "model.json").write_text((mini / "model.json").read_text())
-    fusion = load_fusion(mini / "fusion.safetensors")
+    config, tensors = read_fusion(mini / "fusion.safetensors")
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weights in (*fusion.parameters(), fusion.text_mean):
-            weights += 0.05 * weights.std() * torch.randn(weights.shape, generator=generator)
-    save_fusion(fusion, folder / "fusion.safetensors")
+    for values in tensors.values():
+        if values.is_floating_point() and values.numel() > 1:
+            values += 0.05 * values.std() * torch.randn(values.shape, generator=generator)
+    write_fusion(config, tensors, folder / "fusion.safetensors")
     return folder
 
 

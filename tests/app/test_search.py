@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.answering import Answer
+from app.errors import STATUS_OF
+from app.schemas import QueryEcho, SearchAnswer
+from clasp_core import models
+from clasp_core.calibration import calibration_of
+from clasp_core.errors import NotCalibrated
 from tests.conftest import SAMPLES, Sample, lines
 from tests.service import RunningService, clasp
 
@@ -106,6 +112,8 @@ def test_an_answer_says_everything_that_the_contract_names(service: RunningServi
         assert hit.keys() >= {"rank", "id", "score", "segments", "lang", "metadata", "links"}
         assert hit["links"]["content"] == f"/audio/{hit['id']}/content"
         assert hit["metadata"].keys() == {"voice"}
+        for segment in hit["segments"]:
+            assert segment.keys() == {"start_s", "end_s", "score"}, "a model that hears no words shows none"
 
 
 def test_hits_are_in_order_and_a_score_is_the_best_segment_s(
@@ -175,6 +183,65 @@ def test_limit_and_collection_and_min_score(service: RunningService, searchable:
     assert service.found(question, collection=searchable, min_score=1) == []
     assert service.found(question, collection="nobody-s") == []
     assert {hit["collection"] for hit in service.found(question, limit=1000)} >= {searchable}
+
+
+def test_auto_keeps_what_is_probably_right(
+    service: RunningService, searchable: str, samples: dict[str, Sample]
+) -> None:
+    """The least score that is worth showing differs with the language and the library; only we have measured
+    it. Scores stay what they were, and a hit says how sure it is."""
+    shipped = calibration_of(models.open_model("mini"))
+    for name in ("en-bees", "en-volcano"):
+        asked = {"q": samples[name].text, "lang": samples[name].line["lang"], "collection": searchable}
+        everything = service.found(**asked, limit=100)
+        sure = [hit["confidence"] for hit in everything]
+        assert sure == sorted(sure, reverse=True)
+        assert 0 <= sure[-1] < shipped.accept < sure[0] <= 1
+        kept = [hit for hit in everything if hit["confidence"] >= shipped.accept]
+        assert everything[0]["id"] == kept[0]["id"] == name
+        assert service.found(**asked, limit=100, min_score="auto") == kept
+        assert ask(service, **asked, limit=100, min_score="auto")["hits"] == kept
+    batch = ask(service, queries=[asked | {"min_score": "auto"}, asked])["results"]
+    assert [len(answer["hits"]) for answer in batch] == [len(kept), 10]
+    unanswered = [
+        service.found(question, lang="en", collection=searchable, min_score="auto")
+        for question in ("the insurer's quarterly dividends", "algae of the deep sea", "a proof by induction")
+    ]
+    assert [] in unanswered
+
+
+def test_auto_by_sound_keeps_what_chance_does_not_explain(
+    service: RunningService, searchable: str, samples: dict[str, Sample]
+) -> None:
+    """A recording finds itself; how probably another says the same was not measured, and is not claimed."""
+    content = samples["en-bees"].content
+    everything = service.found_by_sound(content, collection=searchable, limit=100)
+    kept = service.found_by_sound(content, collection=searchable, limit=100, min_score="auto")
+    assert kept[0]["id"] == "en-bees"
+    assert kept == everything[: len(kept)]
+    assert len(kept) < len(everything) / 2
+    assert all("confidence" not in hit for hit in everything)
+
+
+def test_auto_without_a_measurement_is_refused(tmp_path: Path) -> None:
+    """A model that somebody trained yesterday has no bar yet: better a 422 than everything, or nothing."""
+    for name in ("model.json", "fusion.safetensors"):
+        (tmp_path / name).symlink_to(Path(models.__file__).parent / "weights" / "mini" / name)
+    answer = Answer(models.open_model(str(tmp_path)), [], 0.0, 0.0)
+    echo = QueryEcho(text="bees", lang=None, normalized="bees")
+    assert SearchAnswer.of(echo, answer, 0.0, 0.5).hits == []
+    with pytest.raises(NotCalibrated, match="clasp calibrate"):
+        SearchAnswer.of(echo, answer, 0.0, "auto")
+    assert STATUS_OF[NotCalibrated.code] == 422
+
+
+def test_a_crowd_is_what_was_searched(service: RunningService, searchable: str) -> None:
+    """A filter leaves fewer wrong answers to choose from, so the same score is worth more."""
+    asked = {"q": "agua", "lang": "es", "collection": searchable, "limit": 100}
+    among_all = {hit["id"]: hit for hit in ask(service, **asked)["hits"]}
+    for hit in ask(service, **asked, filter={"lang": "es"})["hits"]:
+        assert hit["score"] == pytest.approx(among_all[hit["id"]]["score"], abs=1e-6)
+        assert hit["confidence"] > among_all[hit["id"]]["confidence"]
 
 
 def test_filters_narrow_by_language_and_metadata(
@@ -366,6 +433,7 @@ def test_half_a_character_is_refused(service: RunningService, body: str) -> None
         {"q": "a", "limit": 2.5},
         {"q": "a", "min_score": 1.1},
         {"q": "a", "min_score": "NaN"},
+        {"q": "a", "min_score": "Auto"},
         {"q": "a", "filter": {"colour": "red"}},
         {"q": "a", "filter": []},
         {"q": "a", "filter": {"metadata": {"x": [1]}}},

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording, StoredModel
 from clasp_core.library import Library
-from clasp_core.types import Embeddings, Waveform
+from clasp_core.models import Heard
+from clasp_core.types import SAMPLING_RATE, Embeddings, Waveform
 from tests.audio_files import encode, tone
 
 DIM = 16
@@ -38,6 +39,21 @@ class SpectralSpeechEncoder:
         bands = np.array_split(np.abs(np.fft.rfft(waveform, 4096)), 32)
         loudness = np.log1p([band.mean() for band in bands])
         return unit(loudness @ self._projection)
+
+
+class SpellingSpeechEncoder(SpectralSpeechEncoder):
+    """Also writes down what it hears: how high the loudest tone is, and in which language it was told."""
+
+    def hear(self, waveforms: Sequence[Waveform], langs: Sequence[str | None]) -> Heard:
+        texts = [
+            f"{_loudest_hz(waveform)} Hz ({lang})" for waveform, lang in zip(waveforms, langs, strict=True)
+        ]
+        return Heard(self.encode(waveforms), texts)
+
+
+def _loudest_hz(waveform: Waveform) -> int:
+    """To the nearest 10."""
+    return 10 * round(np.abs(np.fft.rfft(waveform, SAMPLING_RATE)).argmax() / 10)
 
 
 class LetterTextEncoder:

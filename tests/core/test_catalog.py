@@ -214,7 +214,7 @@ def test_a_completed_recording_is_ready_with_its_segments(catalog: Catalog) -> N
     assert changes is not None
     assert changes.vectors[np.argsort(changes.ordinals)].tobytes() == vectors.tobytes()
     named = [(recording.key, 1), (recording.key, 9)]
-    assert catalog.spans(named, model=MODEL) == {(recording.key, 1): (1.0, 2.0)}
+    assert catalog.spans(named, model=MODEL) == {(recording.key, 1): (1.0, 2.0, None)}
     assert catalog.spans(named, model="another") == catalog.spans([], model=MODEL) == {}
 
 

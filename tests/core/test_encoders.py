@@ -9,13 +9,23 @@ import pytest
 import soundfile
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
+from clasp_core import models
 from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
 from clasp_core.encoders.weights import PinnedWeights, Source
-from clasp_core.encoders.whisper import WHISPER_BASE, LogMel, WhisperEncoder
+from clasp_core.encoders.whisper import (
+    WHISPER_BASE,
+    WHISPER_BASE_TOKENIZER,
+    Frames,
+    LogMel,
+    WhisperEncoder,
+)
+from clasp_core.encoders.whisper_decoder import WORDS
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
-from clasp_core.mini import MiniFusion, SpeechBackbone, load_fusion, save_fusion
+from clasp_core.mini import SpeechBackbone, build_fusion, load_fusion, read_fusion, save_fusion
 from clasp_core.models import open_model
 from tests.golden.make import GOLDEN, SENTENCES, encoder_values, sample
 
@@ -53,7 +63,7 @@ def test_a_clip_does_not_feel_its_batch(backbone: SpeechBackbone) -> None:
     for place, clip in enumerate(clips()):
         alone = backbone([clip])
         for batch, single, length in (
-            (together.speech, alone.speech, alone.speech_lengths),
+            (together.frames, alone.frames, alone.frame_lengths),
             (together.pictures, alone.pictures, alone.picture_lengths),
         ):
             count = int(length[0])
@@ -152,15 +162,60 @@ def test_networks_have_their_published_sizes(e5: E5Encoder) -> None:
     assert e5.words.nibbles.shape[0] == 250_037
 
 
-def test_a_fusion_survives_being_saved(tmp_path: Path) -> None:
+def test_a_fusion_survives_being_saved(backbone: SpeechBackbone, tmp_path: Path) -> None:
     """Weights are stored in half precision; what they say must hardly change."""
+    shipped = Path(models.__file__).parent / "weights" / "mini" / "fusion.safetensors"
+    _, tensors = read_fusion(shipped)
     torch.manual_seed(0)
-    fusion = MiniFusion(members=2, width=64, layers=1, heads=4).eval()
+    fusion = build_fusion(None, tensors["pieces"], tensors["piece_ends"], rank=2).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
     save_fusion(fusion, tmp_path / "fusion.safetensors")
-    features = SpeechBackbone(None)(clips())
+    features = backbone(clips()[2:3])
     with torch.inference_mode():
-        before, after = fusion(features), load_fusion(tmp_path / "fusion.safetensors")(features)
-    assert (before * after).sum(1).min() > 0.99999
+        before = fusion(features).vectors
+        after = load_fusion(tmp_path / "fusion.safetensors", None)(features).vectors
+    assert (before * after).sum(1).min() > 0.9999
+
+
+def test_a_fusion_of_another_version_is_refused(tmp_path: Path) -> None:
+    """A model folder trained by an earlier release must not be half read."""
+    save_file({"text_mean": torch.zeros(384)}, tmp_path / "fusion.safetensors", {"config": "{}"})
+    with pytest.raises(ModelUnavailable, match="another version"):
+        load_fusion(tmp_path / "fusion.safetensors", None)
+
+
+def test_windows_hear_the_words(backbone: SpeechBackbone) -> None:
+    """The decoder is Whisper's, asked at each window: a wrong weight or mask would still give numbers.
+
+    Untrained, the likeliest first words over the windows of a clear recording are words of its text.
+    """
+    tokenizer = Tokenizer.from_file(str(WHISPER_BASE_TOKENIZER.locate(None)))
+    frames = backbone.whisper(backbone.log_mel([sample()]))
+    languages = backbone.decoder.languages(frames)
+    assert tokenizer.id_to_token(50_259 + int(languages[0].argmax())) == "<|en|>"
+    states = backbone.decoder(frames, languages).values[0]
+    likely = (states @ backbone.decoder.tokens[:WORDS].T).softmax(1).max(1)
+    heard = {
+        tokenizer.decode([token]).strip().lower()
+        for token, share in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+        if share > 0.3
+    }
+    assert {"stay", "inside", "and", "they", "summer"} <= heard
+
+
+def test_padding_is_not_heard(backbone: SpeechBackbone) -> None:
+    """A clip's windows must be the same beside a longer clip, whose frames follow its own in the batch."""
+    frames = backbone.whisper(backbone.log_mel([sample()])).values
+    languages = torch.full((1, 99), 1 / 99)
+    short = torch.tensor([200])
+    with torch.inference_mode():
+        alone = backbone.decoder(Frames(frames[:, :200], short), languages)
+        beside = backbone.decoder(Frames(frames[:, :240], short), languages)
+    assert int(alone.lengths[0]) == int(beside.lengths[0]) == 20
+    torch.testing.assert_close(beside.values[:, :20], alone.values, rtol=1e-4, atol=1e-4)
 
 
 def test_models_that_do_not_exist_are_named(tmp_path: Path) -> None:

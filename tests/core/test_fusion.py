@@ -139,6 +139,19 @@ def test_gating_weighs_all_dimensions_of_both_by_one_softmax() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_fits_small_encoders(layout: str) -> None:
+    """Other widths in and out, the paper's layers between; in the wrong width the file is refused."""
+    network = lived_in(layout, speech_dim=24, picture_dim=40, dim=16)
+    again = fusion.restore(layout, network.state_dict(), 16)
+    speech, picture = torch.randn(6, 24), torch.randn(6, 40)
+    with torch.inference_mode():
+        assert network(speech, picture).shape == (6, 16)
+        torch.testing.assert_close(again(speech, picture), network(speech, picture))
+    with pytest.raises(ModelUnavailable, match="not the weights"):
+        fusion.restore(layout, network.state_dict())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_comes_back_from_its_weights(layout: str) -> None:
     """A served model is its file: the widths are read from it, and eval mode makes rows independent."""
     network = lived_in(layout, speech_dim=24, picture_dim=1000)

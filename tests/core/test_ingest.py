@@ -26,6 +26,7 @@ from tests.core.doubles import (
     MODEL,
     LetterTextEncoder,
     SpectralSpeechEncoder,
+    SpellingSpeechEncoder,
     processes,
     random_vectors,
     upload,
@@ -104,13 +105,30 @@ def test_a_recording_becomes_ready_with_its_duration_and_segments(library: Libra
     expected = embed_recording(SpectralSpeechEncoder(), io.BytesIO(content), max_duration_s=MAX_DURATION_S)
     assert ready.segments == len(expected) > 1
     spans = library.catalog.spans([(ready.key, ordinal) for ordinal in range(len(expected))], model=MODEL)
-    assert [spans[ready.key, i] for i in range(len(expected))] == [(s.start_s, s.end_s) for s in expected]
-    assert all(0 <= start < end <= 25.0 for start, end in spans.values())
+    assert [spans[ready.key, i] for i in range(len(expected))] == [
+        (s.start_s, s.end_s, None) for s in expected
+    ]
+    assert all(0 <= start < end <= 25.0 for start, end, _ in spans.values())
     for segment in expected:
         ((hit, *_),) = library.search(segment.vector[None], [Question(1)])
         assert hit.recording.id == "speech"
         assert (hit.segments[0].start_s, hit.segments[0].end_s) == (segment.start_s, segment.end_s)
         assert hit.score == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_was_heard_is_stored_with_each_segment(library: Library) -> None:
+    """A hit shows the words of its very span; and an upload's language is what a recogniser is told, though
+    recordings in several languages are embedded in one batch."""
+    langs = {"low": "fa", "high": None, "higher": "zh-Hant"}
+    heights = {"low": 300.0, "high": 700.0, "higher": 1200.0}
+    for name, lang in langs.items():
+        upload(library, wav_bytes(heights[name]), name, lang=lang)
+    finish(library, SpellingSpeechEncoder())
+    for name, lang in langs.items():
+        query = SpectralSpeechEncoder().encode([tone(0.5, frequency=heights[name])[:, 0]])
+        ((hit,),) = library.search(query, [Question(1)])
+        assert hit.recording.id == name
+        assert [segment.transcript for segment in hit.segments] == [f"{heights[name]:.0f} Hz ({lang})"]
 
 
 @pytest.mark.parametrize("name", ["silent wav", "random bytes", "empty", "nan", "film without sound"])
@@ -389,6 +407,11 @@ def test_embedding_one_recording_needs_no_library(tmp_path: Path) -> None:
         (s.start_s, s.end_s, s.vector.tobytes()) for s in again
     ]
     assert all(np.linalg.norm(segment.vector) == pytest.approx(1, abs=1e-5) for segment in segments)
+    heard = embed_recording(SpellingSpeechEncoder(), path, max_duration_s=60, lang="fa")
+    assert [(s.start_s, s.vector.tobytes()) for s in heard] == [
+        (s.start_s, s.vector.tobytes()) for s in segments
+    ]
+    assert all(segment.transcript is not None and "(fa)" in segment.transcript for segment in heard)
     with pytest.raises(SilentAudio):
         embed_recording(encoder, io.BytesIO(hostile()["silent wav"][0]), max_duration_s=60)
     with pytest.raises(InvalidAudio):

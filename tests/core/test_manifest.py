@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clasp_core.errors import InvalidManifest
-from clasp_core.manifest import ManifestItem, read_manifest
+from clasp_core.manifest import ManifestItem, read_manifest, write_manifest
 
 GOOD = {"id": "a", "audio": "clips/a.wav", "text": "سلام دنیا"}
 
@@ -109,3 +109,54 @@ def test_a_manifest_that_cannot_be_opened_is_refused(tmp_path):
         read_manifest(tmp_path / "absent.jsonl")
     with pytest.raises(InvalidManifest, match="cannot be read"):
         read_manifest(tmp_path)
+
+
+def test_what_is_written_is_read_back_the_same(tmp_path):
+    """Importers, synthesis and training exchange manifests: nothing may be lost or reordered on the way."""
+    items = [
+        ManifestItem("b/1", tmp_path / "clips/b 1.flac", "يک\u2028دو «سه»", lang="fa", split="train"),
+        ManifestItem(
+            "a", tmp_path / "a.wav", "line\nbreak", lang="zh-Hans", speaker="s", source="cv", split="test",
+            query="q", query_lang="en", extra={"duration_s": 1.5, "tags": ["x", None], "n": 3},
+        ),
+    ]  # fmt: skip
+    path = tmp_path / "manifest.jsonl"
+    write_manifest(path, items)
+    assert read_manifest(path) == items
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert read_manifest(moved / "manifest.jsonl")[0].audio == moved / "clips/b 1.flac"
+
+
+def test_audio_elsewhere_is_found_from_the_manifest(tmp_path):
+    """A manifest may lie beside the data set it describes, which is not ours to write into."""
+    clip = tmp_path / "corpus" / "clips" / "a.wav"
+    clip.parent.mkdir(parents=True)
+    clip.touch()
+    path = tmp_path / "work" / "manifest.jsonl"
+    path.parent.mkdir()
+    write_manifest(path, [ManifestItem("a", clip, "x")])
+    assert read_manifest(path)[0].audio.samefile(clip)
+    assert b'"../corpus/clips/a.wav"' in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("items", "says"),
+    [
+        ([], "nothing to write"),
+        ([ManifestItem("a", Path("a.wav"), "x"), ManifestItem("a", Path("b.wav"), "y")], "'a' is used twice"),
+        ([ManifestItem("a", Path("a.wav"), " ")], "'text' is empty"),
+        ([ManifestItem("a", Path("a.wav"), "x", lang="fa_IR")], "not a language tag"),
+        ([ManifestItem("a", Path("a.wav"), "x", extra={"speaker": "s"})], "speaker among its other fields"),
+        ([ManifestItem("a", Path("a.wav"), "x", extra={"duration_s": float("nan")})], "as JSON"),
+        ([ManifestItem("a", Path("a.wav"), "x", extra={"path": Path("x")})], "as JSON"),
+        ([ManifestItem("a", Path("a.wav"), "lone \ud800")], "as JSON"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, items, says):
+    """A bad item must come to light where it was made, and leave the manifest that was there as it was."""
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b"as before")
+    with pytest.raises(InvalidManifest, match=says):
+        write_manifest(path, items)
+    assert path.read_bytes() == b"as before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clasp_core import metrics
-from clasp_core.metrics import MEANS, figures, known_item_ranks, paper_figures
+from clasp_core.metrics import (
+    MEANS,
+    figures,
+    known_item_ranks,
+    macro_average,
+    measure,
+    paper_figures,
+)
 
 LEVELS = (-1.0, -0.25, 0.25, 0.4, 0.5, 0.75)
 """Few scores, so that ties are the rule; both of the paper's thresholds are among them."""
@@ -52,6 +59,12 @@ def slow_macro_f1(samples):
     return sum(f1) / len(f1)
 
 
+def slow_golden_accuracy(samples):
+    """The notebooks': of the pairs that belong together, the share predicted to."""
+    gold = [prediction for truth, prediction in samples if truth]
+    return sum(gold) / len(gold)
+
+
 def slow_summary(first, ranks, samples):
     n = len(ranks)
     return {
@@ -62,6 +75,7 @@ def slow_summary(first, ranks, samples):
         "mrr": sum(1 / rank for rank in ranks) / n,
         "mean_rank": sum(ranks) / n,
         "macro_f1": slow_macro_f1(samples),
+        "golden_accuracy": slow_golden_accuracy(samples),
     }
 
 
@@ -217,6 +231,116 @@ def test_the_papers_duplicates_cost_a_hit_or_the_row():
     assert (dropped["n"], dropped["hits@1"], dropped["pool"]) == (2, 1.0, 3)
 
 
+def test_a_case_by_hand_in_the_papers_way():
+    """Four texts against four recordings, counted on paper by section D of the reference. Row 0 wins alone;
+    row 1 ties with a later column, so the first maximum is its own; row 2 ties with an earlier one, which
+    costs hits@1 and not the rank; row 3 loses to two."""
+    scores = np.array(
+        [
+            [0.9, 0.1, 0.4, 0.2],
+            [0.3, 0.5, 0.5, 0.1],
+            [0.6, 0.2, 0.6, 0.3],
+            [0.7, 0.4, 0.5, 0.45],
+        ]
+    )
+    measured = paper_figures(scores)
+    assert (measured["n"], measured["pool"], measured["hits@1"]) == (4, 4, 0.5)
+    assert measured["mrr"] == pytest.approx((1 + 1 + 1 + 1 / 3) / 4)
+    assert measured["mean_rank"] == pytest.approx(6 / 4)
+    # At 0.5 seven pairs are predicted, three right ones among them; of the nine left, one is right.
+    assert measured["golden_accuracy"] == 3 / 4
+    assert measured["macro_f1"] == pytest.approx((2 * 3 / (7 + 4) + 2 * 8 / (9 + 12)) / 2)
+    # At 0.45 the fourth right one is predicted too, and nothing else; at 0.95 nothing is.
+    lower = paper_figures(scores, threshold=0.45)
+    assert lower["golden_accuracy"] == 1.0
+    assert lower["macro_f1"] == pytest.approx((2 * 4 / (8 + 4) + 2 * 8 / (8 + 12)) / 2)
+    higher = paper_figures(scores, threshold=0.95)
+    assert higher["golden_accuracy"] == 0.0
+    assert higher["macro_f1"] == pytest.approx((0 + 2 * 12 / (16 + 12)) / 2)
+    # Stage 3 leaves row 2 out, with its pairs; row 1 stays, whose own column came first.
+    stage_3 = paper_figures(scores, skip_tied_duplicates=True)
+    assert (stage_3["n"], stage_3["pool"], stage_3["hits@1"]) == (3, 4, pytest.approx(2 / 3))
+    assert stage_3["golden_accuracy"] == pytest.approx(2 / 3)
+    # Among candidates the right one stands last, so the tie of row 1 costs its hit as well.
+    last = paper_figures(scores, candidates=4)
+    assert (last["hits@1"], last["mrr"]) == (0.25, measured["mrr"])
+
+
+def drawn(per_query, seed, resamples):
+    """The rows of each resample, as the figures draw them."""
+    random_rows = np.random.default_rng(seed)
+    return [per_query[random_rows.integers(len(per_query), size=len(per_query))] for _ in range(resamples)]
+
+
+def test_a_mean_over_groups_is_the_mean_of_their_figures():
+    """A language of 300 clips and one of 30 count the same; the interval is that of the mean, drawn inside
+    each group, so it is narrower than a group's own."""
+    generator = np.random.default_rng(7)
+    groups = [
+        measure(generator.standard_normal((n, n)) + lift * np.eye(n), np.eye(n, dtype=bool))
+        for n, lift in ((30, 1.0), (90, 2.0), (45, 3.0))
+    ]
+    together = macro_average(groups, resamples=400)
+    own = [group.figures(resamples=400) for group in groups]
+    for name in MEANS:
+        assert together[name] == pytest.approx(np.mean([figures[name] for figures in own]))
+    assert (together["groups"], together["n"]) == (3, 165)
+    slow = np.mean(
+        [
+            [rows[:, 0].mean() for rows in drawn(group.per_query, place, 400)]
+            for place, group in enumerate(groups)
+        ],
+        axis=0,
+    )
+    assert together["ci95"]["hits@1"] == pytest.approx(np.percentile(slow, (2.5, 97.5)))
+    widths = [np.subtract(*reversed(figures["ci95"]["mrr"])) for figures in [together, *own]]
+    assert widths[0] < min(widths[1:])
+    with pytest.raises(ValueError, match="at least one"):
+        macro_average([])
+
+
+def test_a_paired_comparison_is_that_of_the_same_draws():
+    """Which queries are drawn is one draw for both sides: against the differences of their own resamples."""
+    generator = np.random.default_rng(8)
+    right = np.eye(60, dtype=bool)
+    noise = generator.standard_normal((60, 60))
+    better, worse = (measure(noise + lift * right, right) for lift in (2.5, 1.5))
+    compared = better.difference_from(worse, resamples=300, seed=3)
+    slow = [
+        ours[:, 3].mean() - theirs[:, 3].mean()
+        for ours, theirs in zip(drawn(better.per_query, 3, 300), drawn(worse.per_query, 3, 300), strict=True)
+    ]
+    assert compared["mrr"]["ci95"] == pytest.approx(np.percentile(slow, (2.5, 97.5)))
+    expected = better.figures()["mrr"] - worse.figures()["mrr"]
+    assert compared["mrr"]["difference"] == pytest.approx(expected)
+    assert compared["mrr"]["ci95"][0] > 0
+    assert compared["mrr"]["p"] == pytest.approx(2 / 301)  # no resample is on the other side
+    back = worse.difference_from(better, resamples=300, seed=3)
+    assert back["mrr"]["difference"] == -compared["mrr"]["difference"]
+    with pytest.raises(ValueError, match="same queries"):
+        better.difference_from(measure(noise[:50], right[:50]))
+
+
+def test_a_system_does_not_differ_from_itself():
+    """Equal systems must not be told apart by chance, whatever the resamples."""
+    scores = np.random.default_rng(9).standard_normal((40, 40))
+    measured = measure(scores, np.eye(40, dtype=bool))
+    assert measured.difference_from(measured)["hits@1"] == {"difference": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+def test_chance_differences_are_called_so():
+    """Of many pairs of systems that are equally good, about one in twenty may have an interval without zero,
+    or every second experiment would be a discovery."""
+    generator = np.random.default_rng(10)
+    right = np.eye(80, dtype=bool)
+    found = 0
+    for _ in range(100):
+        one, other = (measure(generator.standard_normal((80, 80)) + 2 * right, right) for _ in range(2))
+        low, high = one.difference_from(other, resamples=200)["mrr"]["ci95"]
+        found += not low <= 0 <= high
+    assert found <= 14  # 5 expected; more than 14 has a chance of 0.0001
+
+
 def test_intervals_hold_the_value_and_narrow_with_more_queries():
     """An interval that misses its value, or that does not shrink, would mislead about small test sets."""
     generator = np.random.default_rng(1)
@@ -330,4 +454,4 @@ def test_one_query_and_one_candidate_have_figures():
         paper_figures(np.array([[0.7]])),
         paper_figures(np.array([[0.7]]), candidates=1),
     ):
-        assert [measured[name] for name in MEANS] == [1.0] * 6
+        assert [measured[name] for name in MEANS] == [1.0] * len(MEANS)

@@ -32,6 +32,7 @@ from tests.core.doubles import (
     DIM,
     MODEL,
     SpectralSpeechEncoder,
+    SpellingSpeechEncoder,
     add,
     complete,
     processes,
@@ -542,6 +543,27 @@ def test_there_and_back_again(open_as: Opener, tmp_path: Path, monkeypatch: pyte
     check_answers(open_as(OLD), contents)
 
 
+def test_transcripts_come_and_go_with_the_model_that_writes_them(open_as: Opener) -> None:
+    """After a switch a hit shows what the new model heard, nothing where that writes nothing down, and never
+    the words of the one before."""
+    contents = fill(open_as(OLD), ["tone-3", "tone-9"])
+
+    def transcripts(model: StoredModel) -> dict[str, str | None]:
+        library = open_as(model)
+        check_answers(library, contents)
+        hits = search(library, random_vectors(1, 1, model.dim)[0])
+        return {hit.recording.id: hit.segments[0].transcript for hit in hits}
+
+    assert transcripts(OLD) == {"tone-3": None, "tone-9": None}
+    spelling = Reindexer(
+        open_as(NEW, reindex=True), lambda: SpellingSpeechEncoder(NEW.dim), max_duration_s=MAX_DURATION_S
+    )
+    assert spelling.run() == Outcome("switched", 2)
+    assert transcripts(NEW) == {"tone-3": "210 Hz (None)", "tone-9": "430 Hz (None)"}
+    reindex(open_as, OLD)
+    assert transcripts(OLD) == {"tone-3": None, "tone-9": None}
+
+
 @pytest.mark.timeout(60)
 def test_two_ways_at_once_do_not_hinder_each_other(open_as: Opener) -> None:
     """Somebody tries two models. The second to arrive has the last word, also on what the first lost."""
@@ -755,7 +777,7 @@ def test_what_an_earlier_version_wrote_is_searched(
         for ordinal, row in enumerate(vectors):
             best = search(library, row)[0]
             assert (best.recording.id, best.score) == (name, pytest.approx(1.0, abs=1e-6))
-            assert best.segments[0].start_s == float(ordinal)
+            assert (best.segments[0].start_s, best.segments[0].transcript) == (float(ordinal), None)
     complete(library.catalog, library.catalog.get("waiting"), random_vectors(9, 1))
     assert len(search(library, random_vectors(9, 1)[0])) == 4
 

@@ -1,0 +1,36 @@
+"""The command line: `clasp VERB`. Each verb loads only what it needs.
+
+Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong usage.
+"""
+
+import typer
+from pydantic import ValidationError
+
+from app.cli import datasets, evaluation, library, models, training
+from app.cli.common import fail
+from clasp_core.errors import ClaspError
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find what was said in recordings, in any language, without transcribing them.",
+)
+for part in (library, evaluation, training):
+    cli.add_typer(part.cli)
+cli.add_typer(models.cli, name="models")
+cli.add_typer(datasets.cli, name="dataset")
+
+
+def main() -> None:
+    """Entry point: expected errors become one line and exit status 1."""
+    try:
+        cli()
+    except ClaspError as error:
+        fail(error.detail)
+    except ValidationError as error:
+        first = error.errors()[0]
+        fail(f"setting CLASP_{'_'.join(map(str, first['loc'])).upper()}: {first['msg']}")
+    except OSError as error:
+        fail(str(error))

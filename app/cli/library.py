@@ -1,0 +1,266 @@
+"""The verbs of a running library: serve, worker, index, search, embed, reindex."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from app.cli.common import AsJson, Lang, fail, normalized, print_json
+from app.settings import Settings
+
+cli = typer.Typer()
+
+Collection = Annotated[str, typer.Option(help="Name of the collection.")]
+
+_SERVE_HELP = f"""Serve the HTTP API, with one ingest worker.
+
+Settings, from the environment or a .env file:
+
+{Settings.described()}
+"""
+
+
+@cli.command(help=_SERVE_HELP)
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind to.", min=0, max=65535)] = None,
+) -> None:
+    import signal
+    import socket
+
+    import uvicorn
+
+    from app.main import create_app
+    from app.telemetry import configure_logging
+
+    settings = Settings()
+    configure_logging(settings.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit())  # uvicorn raises the signal again when it has shut down
+    app = create_app(settings)
+    address = (host if host is not None else settings.host, port if port is not None else settings.port)
+    try:
+        listening = socket.create_server(
+            address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
+    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=15)
+    uvicorn.Server(server).run([listening])
+
+
+@cli.command(help="Run one more ingest worker on the same data directory.")
+def worker(
+    supervised: Annotated[bool, typer.Option(hidden=True)] = False,
+    owner: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    from app.telemetry import configure_logging
+    from app.workers import work
+
+    settings = Settings()
+    configure_logging(settings.log_level)
+    work(settings, owner=owner, supervised=supervised)
+
+
+@cli.command(help="Index recordings: files, or folders with everything in them. Safe to run again.")
+def index(
+    paths: Annotated[list[Path], typer.Argument(exists=True, help="Files or folders.")],
+    lang: Lang = None,
+    collection: Collection = "default",
+    as_json: AsJson = False,
+) -> None:
+    from app.indexing import index_files
+    from app.opening import open_configured_library
+
+    settings = Settings()
+    model, library = open_configured_library(settings)
+    try:
+        outcome = index_files(
+            library,
+            model,
+            list(_files(paths)),
+            settings=settings,
+            lang=lang,
+            collection=collection,
+            quiet=as_json,
+        )
+    finally:
+        library.close()
+    if as_json:
+        print_json(outcome.as_json())
+    else:
+        for path, reason in outcome.failed:
+            sys.stderr.write(f"{path}: {reason}\n")
+        sys.stdout.write(
+            f"{outcome.indexed} indexed, {outcome.known} known already, {len(outcome.failed)} failed\n"
+        )
+    if outcome.failed and not outcome.indexed and not outcome.known:
+        fail("no recording could be indexed")
+
+
+def _files(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+            )
+        else:
+            yield path
+
+
+@cli.command(help="Embed all recordings by another model, then switch to it; a running service goes on.")
+def reindex(
+    model: Annotated[str | None, typer.Option(help="Model name or folder; default CLASP_MODEL.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from app.indexing import reindex_library
+    from app.opening import open_configured_library
+
+    settings = Settings()
+    coming, library = open_configured_library(settings, model, reindex=True)
+    try:
+        outcome = reindex_library(library, coming, settings=settings, quiet=as_json)
+    finally:
+        library.close()
+    named = f"{coming.name} ({coming.fingerprint})"
+    if as_json:
+        print_json(
+            {
+                "model": {"name": coming.name, "fingerprint": coming.fingerprint},
+                "result": outcome.result,
+                "embedded": outcome.embedded,
+                "failed": [{"id": key, "reason": reason} for key, reason in outcome.failed.items()],
+            }
+        )
+    elif outcome.result == "nothing to do":
+        sys.stdout.write(f"nothing to do: the library is searched by {named} already\n")
+    else:
+        for key, reason in outcome.failed.items():
+            sys.stderr.write(f"{key}: {reason}\n")
+        sys.stdout.write(f"{outcome.embedded} embedded, {len(outcome.failed)} failed\n")
+    if outcome.result == "stopped":
+        fail("stopped before the switch; run it again to go on from here")
+    if outcome.result == "switched" and not as_json:
+        sys.stdout.write(f"switched: the library is searched by {named} from now on\n")
+        if model not in (None, settings.model):
+            sys.stdout.write("Set CLASP_MODEL to it before anything is started anew.\n")
+
+
+@cli.command(help="Find recordings by a question in any language.")
+def search(
+    text: Annotated[str, typer.Argument(help="The question.")],
+    lang: Lang = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many recordings.")] = 10,
+    collection: Annotated[str | None, typer.Option(help="Search this collection only.")] = None,
+    min_score: Annotated[
+        str | None, typer.Option(metavar="auto|FLOAT", help="Only hits scoring so much; auto: likely ones.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from app.opening import open_configured_library
+    from clasp_core.calibration import calibration_of
+    from clasp_core.catalog import Filter
+    from clasp_core.errors import NotCalibrated
+    from clasp_core.language import canonical_tag
+    from clasp_core.library import Question
+
+    lowest = _number(min_score)
+    model, library = open_configured_library(Settings())
+    try:
+        tag = canonical_tag(lang)
+        try:
+            calibration = calibration_of(model)
+        except NotCalibrated:
+            if min_score == "auto":
+                raise
+            calibration = None
+        vectors = model.text_encoder().encode([normalized(text, lang)])
+        (hits,) = library.search(vectors, [Question(limit, Filter(collection=collection), lowest)])
+        if min_score == "auto" and calibration is not None:
+            hits = [hit for hit in hits if hit.score >= calibration.min_score(tag, hit.among)]
+    finally:
+        library.close()
+    if as_json:
+        print_json(
+            {
+                "model": {"name": model.name, "fingerprint": model.fingerprint},
+                "hits": [
+                    {
+                        "rank": hit.rank,
+                        "id": hit.recording.id,
+                        "score": hit.score,
+                        **(
+                            {"confidence": calibration.confidence(hit.score, tag, hit.among)}
+                            if calibration is not None
+                            else {}
+                        ),
+                        "segments": [
+                            {"start_s": s.start_s, "end_s": s.end_s, "score": s.score}
+                            | ({} if s.transcript is None else {"transcript": s.transcript})
+                            for s in hit.segments
+                        ],
+                        "lang": hit.recording.lang,
+                        "collection": hit.recording.collection,
+                        "metadata": dict(hit.recording.metadata),
+                    }
+                    for hit in hits
+                ],
+            }
+        )
+        return
+    transcribed = any(hit.segments[0].transcript for hit in hits)
+    table = Table("rank", "score", "time", "recording", *["heard"] * transcribed, box=None)
+    for hit in hits:
+        best = hit.segments[0]
+        name = str(hit.recording.metadata.get("path", hit.recording.id))
+        row = [str(hit.rank), f"{hit.score:.3f}", f"{clock(best.start_s)}-{clock(best.end_s)}", name]
+        table.add_row(*map(escape, row), *[escape(best.transcript or "")] * transcribed)
+    Console().print(table if hits else "nothing is indexed here yet")
+
+
+def _number(min_score: str | None) -> float | None:
+    if min_score in (None, "auto"):
+        return None
+    try:
+        number = float(min_score or "")
+    except ValueError:
+        number = float("nan")
+    if not -1 <= number <= 1:
+        raise typer.BadParameter("--min-score is a number from -1 to 1, or auto")
+    return number
+
+
+@cli.command(help="The unit vector of a text or of a recording, as JSON.")
+def embed(
+    text: Annotated[str | None, typer.Option(help="A text.")] = None,
+    audio: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A recording.")] = None,
+    lang: Lang = None,
+    as_json: AsJson = True,
+) -> None:
+    from app.opening import open_configured_model
+    from clasp_core.ingest import embed_recording, mean_vector
+    from clasp_core.language import canonical_tag
+
+    if (text is None) == (audio is None):
+        raise typer.BadParameter("give either --text or --audio")
+    settings = Settings()
+    model = open_configured_model(settings)
+    if audio is not None:
+        encoder, tag = model.speech_encoder(), canonical_tag(lang)
+        segments = embed_recording(encoder, audio, max_duration_s=settings.max_duration_s, lang=tag)
+        vector = mean_vector(segments)
+    else:
+        vector = model.text_encoder().encode([normalized(text or "", lang)])[0]
+    print_json({"model": model.fingerprint, "dim": model.dim, "vector": vector.tolist()})
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)}:{rest:04.1f}"
