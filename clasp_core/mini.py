@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp_core.encoders import adaptation
-from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
+from clasp_core.encoders.e5 import E5_SMALL, END, PREFIX, E5Encoder, E5Network
 from clasp_core.encoders.efficientnet import DIM as PICTURE_DIM
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
 from clasp_core.encoders.whisper import DIM as FRAME_DIM
@@ -121,16 +121,15 @@ class _Reader(nn.Module):
     before: Tensor
     after: Tensor
 
-    def __init__(self, e5: E5Encoder) -> None:
+    def __init__(self, e5: E5Network) -> None:
         super().__init__()
         self.norm = e5.norm
         self.layers = e5.layers
-        prefix = e5.tokenizer.encode("query:").ids
         for name, values in (
             ("positions", e5.positions.data),
             ("token_type", e5.token_type.data),
-            ("before", e5.words(torch.tensor(prefix[:-1]))),
-            ("after", e5.words(torch.tensor(prefix[-1:]))),
+            ("before", e5.words(torch.tensor(PREFIX))),
+            ("after", e5.words(torch.tensor(END))),
         ):
             self.register_buffer(name, values.clone(), persistent=False)
 
@@ -192,7 +191,7 @@ class MiniFusion(nn.Module):
     def __init__(
         self,
         decoder: WindowDecoder,
-        e5: E5Encoder,
+        e5: E5Network,
         pieces: Tensor,
         piece_ends: Tensor,
         rank: int = 16,
@@ -278,7 +277,7 @@ def _halves(frames: Frames, count: int) -> Tensor:
     return padded.view(batch, count, 2, STRIDE // 2, FRAME_DIM).mean(3).flatten(2)
 
 
-def _meanings(e5: E5Encoder, pieces: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _meanings(e5: E5Network, pieces: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The mean embedding of the pieces of each of Whisper's tokens (50257, 384), and which have none."""
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     words = torch.repeat_interleave(torch.arange(WORDS), counts)
@@ -308,7 +307,7 @@ def build_fusion(
     """An untrained fusion on the pretrained parts; it takes a decoder that is there already."""
     if decoder is None:
         decoder = WindowDecoder.load([half.locate(models_dir) for half in WHISPER_BASE_HALVES])
-    e5 = E5Encoder.load(E5_SMALL.locate(models_dir))
+    e5 = E5Network.load(E5_SMALL.locate(models_dir))
     return MiniFusion(decoder, e5, pieces, piece_ends, rank)
 
 

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ DIM = 384
 HEADS = 12
 LAYERS = 12
 MAX_TOKENS = 512
+PREFIX, END = (0, 41, 1294, 12), (2,)
+"""The pieces before a text ("<s> query:") and behind it ("</s>")."""
 _Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
 _Stored: TypeAlias = NDArray[Any]
 """Float32 values, or Q4_0 blocks."""
@@ -86,23 +88,36 @@ class _Layer(nn.Module):
         return x
 
 
-class E5Encoder(nn.Module):
-    """Sentences to unit vectors (n, 384). A text's vector does not depend on its batch (to 1e-4)."""
+class E5Network(nn.Module):
+    """What reads pieces of text, without what cuts text into them (which is most of the time of loading)."""
 
     def __init__(self, contents: "_Contents") -> None:
         super().__init__()
         tensors = contents.tensors
-        self.tokenizer = contents.tokenizer()
-        self.character_map = contents.character_map
         self.words = _WordTable(tensors["emb.word"])
         self.positions = nn.Parameter(_floats(tensors["emb.pos"]).view(-1, DIM))
         self.token_type = nn.Parameter(_floats(tensors["emb.type"])[:DIM])
-        self.norm = nn.LayerNorm(DIM, eps=contents.eps)
-        self.layers = nn.ModuleList(_Layer(contents.eps) for _ in range(LAYERS))
+        with torch.device("meta"):  # weights that are replaced at once need no beginning
+            self.norm = nn.LayerNorm(DIM, eps=contents.eps)
+            self.layers = nn.ModuleList(_Layer(contents.eps) for _ in range(LAYERS))
         _fill(self.norm, tensors, "emb.ln")
         for index, layer in enumerate(self.layers):
             for name, module in layer.named_children():
                 _fill(module, tensors, f"l{index}.{name}")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Pretrained, from an "E5S1" file, in eval mode."""
+        return cls(_read_e5s1(path)).eval().requires_grad_(False)
+
+
+class E5Encoder(E5Network):
+    """Sentences to unit vectors (n, 384). A text's vector does not depend on its batch (to 1e-4)."""
+
+    def __init__(self, contents: "_Contents") -> None:
+        super().__init__(contents)
+        self.tokenizer = contents.tokenizer()
+        self.character_map = contents.character_map()
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -122,33 +137,45 @@ class E5Encoder(nn.Module):
         """XLM-R's character normalisation, which its tokenizer expects to have happened."""
         return unicodedata.normalize("NFC", text).translate(self.character_map)
 
-    @classmethod
-    def load(cls, path: Path) -> "E5Encoder":
-        """The pretrained encoder from an "E5S1" file, in eval mode."""
-        return cls(_read_e5s1(path)).eval().requires_grad_(False)
-
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
     """What an E5S1 file holds."""
 
     eps: float
-    pieces: list[tuple[str, float]]
+    pieces: bytes
+    """Their UTF-8, end to end."""
+    ends: Sequence[int]
+    """Where each piece begins, and the last one ends."""
+    scores: Sequence[float]
     unknown: int
-    character_map: dict[int, str]
+    mapped: bytes
+    """The character map, of so many `entries`."""
+    entries: int
     tensors: dict[str, _Stored]
 
     def tokenizer(self) -> Tokenizer:
         """XLM-R's unigram tokenizer: token ids equal to the published tokenizer.json."""
-        tokenizer = Tokenizer(models.Unigram(self.pieces, self.unknown, False))
+        bounds = zip(self.ends[:-1], self.ends[1:], self.scores, strict=True)
+        pieces = [(self.pieces[start:end].decode(), score) for start, end, score in bounds]
+        tokenizer = Tokenizer(models.Unigram(pieces, self.unknown, False))
         tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+            single="<s> $A </s>", special_tokens=[("<s>", PREFIX[0]), ("</s>", *END)]
         )
         tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.enable_padding(pad_id=1, pad_token="<pad>")  # noqa: S106 - not a password
         return tokenizer
+
+    def character_map(self) -> dict[int, str]:
+        mapping = {}
+        at = 0
+        for _ in range(self.entries):
+            source, length = struct.unpack_from("<IB", self.mapped, at)
+            mapping[source] = "".join(map(chr, struct.unpack_from(f"<{length}I", self.mapped, at + 5)))
+            at += 5 + 4 * length
+        return mapping
 
 
 def _read_e5s1(path: Path) -> _Contents:
@@ -172,23 +199,12 @@ def _read_e5s1(path: Path) -> _Contents:
         at += 4 * count
         blob = data[at : at + blob_bytes]
         at += blob_bytes
-        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), scores.tolist(), strict=True)
-        pieces = [(blob[start:end].decode(), score) for start, end, score in bounds]
         entries, map_bytes = struct.unpack_from("<iI", data, at)
         at += 8
-        character_map = _character_map(data[at : at + map_bytes], entries)
+        mapped = data[at : at + map_bytes]
         at += map_bytes
-        return _Contents(eps, pieces, unknown, character_map, _tensors(data, at))
-
-
-def _character_map(data: bytes, entries: int) -> dict[int, str]:
-    mapping = {}
-    at = 0
-    for _ in range(entries):
-        source, length = struct.unpack_from("<IB", data, at)
-        mapping[source] = "".join(map(chr, struct.unpack_from(f"<{length}I", data, at + 5)))
-        at += 5 + 4 * length
-    return mapping
+        ends = offsets.tolist()
+        return _Contents(eps, blob, ends, scores.tolist(), unknown, mapped, entries, _tensors(data, at))
 
 
 def _tensors(data: mmap.mmap, at: int) -> dict[str, _Stored]:
@@ -215,5 +231,5 @@ def _floats(values: _Stored) -> Tensor:
 
 def _fill(module: nn.Module, tensors: Mapping[str, _Stored], name: str) -> None:
     assert isinstance(module, nn.Linear | nn.LayerNorm)
-    module.weight.data = _floats(tensors[f"{name}.w"]).view_as(module.weight)
-    module.bias.data = _floats(tensors[f"{name}.b"]).view_as(module.bias)
+    module.weight = nn.Parameter(_floats(tensors[f"{name}.w"]).view_as(module.weight))
+    module.bias = nn.Parameter(_floats(tensors[f"{name}.b"]).view_as(module.bias))

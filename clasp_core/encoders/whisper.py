@@ -225,8 +225,9 @@ class WhisperEncoder(nn.Module):
         """The pretrained encoder, in eval mode, from (the last part of) a Whisper in CTranslate2's format."""
         variables = _read_ctranslate2(path)
         layers = sum(name.endswith("/ffn/linear_0/bias") for name in variables)
-        encoder = cls(len(variables["conv1/bias"]), layers)
-        encoder.load_state_dict(_state_dict(variables, layers))
+        with torch.device("meta"):  # weights that are replaced at once need no beginning
+            encoder = cls(len(variables["conv1/bias"]), layers)
+        encoder.load_state_dict(_state_dict(variables, layers), assign=True)
         return encoder.eval().requires_grad_(False)
 
 

@@ -151,10 +151,11 @@ class WindowDecoder(nn.Module):
         if version != 6:
             raise ValueError(f"{halves[0]} is not a model in CTranslate2's format, version 6")
         variables = read_variables(data, 4 + 2 + name + 8, "decoder/")
-        decoder = cls()
+        with torch.device("meta"):  # weights that are replaced at once need no beginning
+            decoder = cls()
         decoder.tokens = variables["embeddings/weight"]
         decoder.positions = variables["position_encodings/encodings"]
-        decoder.load_state_dict(_state_dict(variables))
+        decoder.load_state_dict(_state_dict(variables), assign=True)
         return decoder.eval().requires_grad_(False)
 
 
