@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from clasp_core import models
-from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
+from clasp_core.encoders.e5 import E5_SMALL, END, PREFIX, E5Encoder
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
 from clasp_core.encoders.weights import PinnedWeights, Source
 from clasp_core.encoders.whisper import (
@@ -113,6 +113,11 @@ def test_translations_are_neighbours(e5: E5Encoder) -> None:
     persian = e5(["قطار به خاطر برف دیر کرده است.", "خواهرم در گروه کر آواز می‌خواند."])
     scores = english @ persian.T
     assert scores.argmax(1).tolist() == [0, 1]
+
+
+def test_the_pieces_around_a_text_are_the_tokenizers(e5: E5Encoder) -> None:
+    """`mini` puts them around what it heard, without loading a tokenizer."""
+    assert tuple(e5.tokenizer.encode("query:").ids) == PREFIX + END
 
 
 def test_long_and_odd_texts_encode(e5: E5Encoder) -> None:
