@@ -151,6 +151,10 @@ class Ledger:
     statuses: set[int] = field(default_factory=set)
     over: threading.Event = field(default_factory=threading.Event)
 
+    def wanted(self) -> set[str]:
+        """What must be there."""
+        return set(self.kept) - self.deleted - self.unsure
+
     def client(self, base_url: httpx.URL, number: int) -> None:
         """Upload, now and then delete, and note the answers; what is not answered is tried again."""
         chance = random.Random(number)
@@ -195,9 +199,9 @@ def kill_at_random(service: RunningService, rounds: int, seed: int, enough: int 
     for client in clients:
         client.start()
     try:
-        for _ in range(rounds):
-            known = len(ledger.kept)
-            eventually(lambda: len(ledger.kept) >= known + 4, within_s=60)  # noqa: B023 - called at once
+        for number in range(rounds):
+            some = 5 * (number + 1)
+            eventually(lambda: len(ledger.wanted()) > some, within_s=60)  # noqa: B023 - called at once
             ledger.over.wait(chance.uniform(0.0, 2.0))
             service.kill_workers()
             ledger.over.wait(chance.uniform(0.0, 1.5))
@@ -214,7 +218,7 @@ def kill_at_random(service: RunningService, rounds: int, seed: int, enough: int 
 def check_nothing_is_lost(service: RunningService, ledger: Ledger) -> None:
     """The invariants: acknowledged means kept, deleted means gone, and nothing is there twice."""
     assert ledger.statuses <= {200, 202, 204, 404}, ledger.statuses
-    wanted = ledger.kept.keys() - ledger.deleted - ledger.unsure
+    wanted = ledger.wanted()
     assert len(wanted) > 5
     all_ready(service, {name: ledger.kept[name] for name in wanted}, within_s=120)
     listed = service.listed(limit=1000)
