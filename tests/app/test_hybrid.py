@@ -54,6 +54,10 @@ def test_the_command_line_shows_what_was_heard(settings: Settings) -> None:
     (hit,) = as_json(*arguments, "--json")["hits"]
     assert hit["metadata"]["path"].endswith("en-bees.opus")
     assert "bees stay inside the hive" in hit["segments"][0]["transcript"]
+    assert hit["confidence"] > 0.8
+    assert [found["id"] for found in as_json(*arguments, "--min-score", "auto", "--json")["hits"]] == [
+        hit["id"]
+    ]
     table = CliRunner(env={"COLUMNS": "200"}).invoke(cli, arguments).stdout
     assert table.splitlines()[0].split() == ["rank", "score", "time", "recording", "heard"]
     assert "bees stay inside the hive" in table
