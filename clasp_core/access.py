@@ -135,7 +135,7 @@ class Keys:
         if self._fixed:
             return True
         with self._catalog._read() as db:
-            return bool(db.execute(sa.select(sa.exists().select_from(_api_keys))).scalar_one())
+            return _is_any(db)
 
     def authenticate(self, given: str) -> Grant | None:
         """What whoever presents this text may do: None for nothing, everything where no key is needed.
@@ -146,16 +146,24 @@ class Keys:
         digest = _digest(given)
         if any([hmac.compare_digest(digest, fixed) for fixed in self._fixed]):
             return Grant("CLASP_API_KEYS", everything)
-        parts = _FORM.fullmatch(given)
-        key_id, secret = parts.groups() if parts is not None else ("", given)
         with self._catalog._read() as db:
-            row = db.execute(sa.select(_api_keys).where(_api_keys.c.id == key_id)).one_or_none()
-        is_right = hmac.compare_digest(_digest(secret), _NO_KEY if row is None else row.sha256)
-        if row is not None and is_right and row.revoked_at is None:
-            key = _key(row)
-            limits = None if key.collections is None else frozenset(key.collections)
-            return Grant(key.name, frozenset(key.scopes), limits)
-        return None if self.needed() else Grant(None, everything)
+            row = None
+            if (parts := _FORM.fullmatch(given)) is not None:
+                key_id, secret = parts.groups()
+                row = db.execute(sa.select(_api_keys).where(_api_keys.c.id == key_id)).one_or_none()
+                is_right = hmac.compare_digest(_digest(secret), _NO_KEY if row is None else row.sha256)
+            if row is None and not self._fixed and not _is_any(db):
+                return Grant(None, everything)
+        if row is None or not is_right or row.revoked_at is not None:
+            return None
+        key = _key(row)
+        limits = None if key.collections is None else frozenset(key.collections)
+        return Grant(key.name, frozenset(key.scopes), limits)
+
+
+def _is_any(db: sa.Connection) -> bool:
+    """Whether a key was ever created."""
+    return bool(db.execute(sa.select(sa.exists().select_from(_api_keys))).scalar_one())
 
 
 def _key(row: Any) -> ApiKey:  # noqa: ANN401 - SQLAlchemy rows are untyped

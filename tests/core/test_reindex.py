@@ -738,7 +738,7 @@ def test_a_switch_happens_entirely_or_not_at_all(open_as: Opener, tmp_path: Path
 
 @pytest.fixture
 def written_by_0001(tmp_path: Path) -> dict[str, Embeddings]:
-    """A catalogue as the first schema had it: three ready recordings, one each of other sorts, one deleted."""
+    """A catalogue as the first schema had it: three ready recordings, two others, one deleted."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(catalog_module.__file__).parent / "migrations"))
@@ -788,7 +788,7 @@ def test_an_upgrade_gives_no_key_twice(open_as: Opener, tmp_path: Path) -> None:
     """Replicas know recordings by their keys: a second life of one would bring back what was deleted. And
     what pointed at the recordings' old table points at the new one."""
     library = open_as(OLD)
-    assert register(library.catalog, "next").key == 10
+    assert register(library.catalog, "next", sha256="next").key == 10
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
         targets = db.execute("SELECT \"table\" FROM pragma_foreign_key_list('segments')").fetchall()
