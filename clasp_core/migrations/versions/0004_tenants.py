@@ -27,6 +27,7 @@ def upgrade() -> None:
         op.create_unique_constraint("recordings_by_id", "recordings", ["id", "collection"])
     op.create_index("recordings_by_arrival", "recordings", ["created_at", "id", "collection"])
     op.create_index("recordings_by_collection", "recordings", ["collection", "created_at", "id"])
+    op.create_index("recordings_by_readiness", "recordings", ["collection", "status", "key"])
 
 
 def _rebuild_recordings() -> None:
