@@ -1,6 +1,9 @@
 # The service. For CPU, with the embedded model:   docker build -t clasp-search .
 # For a CUDA machine, with the paper's encoders:
 #   docker build --build-arg EXTRAS=embedded,paper,gpu -t clasp-search:gpu .
+# It listens on 0.0.0.0 and therefore wants a key (docs/security.md):
+#   docker run -v clasp:/data clasp-search keys create NAME --scope read,write,admin
+#   docker run -v clasp:/data -p 8000:8000 clasp-search
 # On a network whose default package index serves torch's CUDA build, name the index of its CPU build:
 #   docker build --build-arg TORCH_INDEX=<url> -t clasp-search .
 FROM python:3.12-slim-bookworm AS build

@@ -34,6 +34,7 @@ STATUS_OF: dict[str, int] = {
     "audio_too_long": 413,
     "recording_not_found": 404,
     "id_conflict": 409,
+    "ambiguous_id": 409,
     "not_calibrated": 422,
     "extra_missing": 503,
     "model_unavailable": 503,
@@ -47,6 +48,8 @@ STATUS_OF: dict[str, int] = {
     "not_ready": 503,
     # --- raised by this layer
     "unauthorized": 401,
+    "forbidden": 403,
+    "collection_required": 422,
     "malformed_request": 400,
     "empty_upload": 422,
     "upload_too_large": 413,

@@ -122,7 +122,7 @@ def _as_text(path: Path) -> str:
 def _settled(library: Library, path: Path, recording: Recording, outcome: Outcome) -> bool:
     """Whether a recording has come to its end, which is then counted."""
     try:
-        now = library.catalog.get(recording.id)
+        now = library.catalog.get(recording.id, within={recording.collection})
     except RecordingNotFound:
         outcome.failed.append((path, "it was deleted meanwhile"))
         return True

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from app.settings import Settings
-from clasp_core.library import Library
+from clasp_core.catalog import Catalog
+from clasp_core.library import Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
 from clasp_core.vectors import store_for
 
@@ -32,6 +33,11 @@ def open_configured_library(
         reindex=reindex,
     )
     return model, library
+
+
+def open_configured_catalog(settings: Settings) -> Catalog:
+    """The catalogue alone, for what needs no model. Raises DataMismatch."""
+    return open_catalog(settings.data_dir, settings.database_url)
 
 
 def _lasting_name(name: str) -> str:

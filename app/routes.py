@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from app import schemas, uploads
+from app.access import Admin, Reader, Writer, destination, visible
 from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
 from app.schemas import (
@@ -34,10 +35,11 @@ from app.schemas import (
     Status,
 )
 from app.service import Service
+from clasp_core.access import Grant
 from clasp_core.catalog import Recording
 from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.language import canonical_tag, normalize_text
-from clasp_core.library import MAX_HITS, Question, check_name
+from clasp_core.library import MAX_HITS, Question
 from clasp_core.types import Seconds
 
 MAX_WAIT_S: Seconds = 60.0
@@ -53,13 +55,21 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
 # A query parameter left empty, as an HTML form sends it (`&collection=`), is one not given.
 _EMPTY_IS_ABSENT = BeforeValidator(lambda given: None if given == "" else given)
 OptionalText = Annotated[str | None, _EMPTY_IS_ABSENT]
+Collection = Annotated[
+    str | None,
+    Query(description="Where to look; needed where several collections that you see have this id."),
+    _EMPTY_IS_ABSENT,
+]
 OptionalStatus = Annotated[Status | None, _EMPTY_IS_ABSENT]
 OptionalScore = Annotated[MinScore | None, Query(description=MIN_SCORE), _EMPTY_IS_ABSENT]
 
 _FORM_FIELDS = {
     "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
     "lang": {"type": "string", "description": "BCP 47 tag of what is spoken."},
-    "collection": {"type": "string", "default": "default"},
+    "collection": {
+        "type": "string",
+        "description": "By default `default`; or the one that the key is for, if it is for one.",
+    },
     "metadata": {"type": "string", "description": "A JSON object, kept and returned as it is."},
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -107,6 +117,7 @@ operations = APIRouter(responses=PROBLEM)
 async def upload_recording(
     request: Request,
     service: ServiceHere,
+    grant: Writer,
     id: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     lang: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     collection: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
@@ -122,10 +133,11 @@ async def upload_recording(
             library.register,
             received.upload,
             recording_id=fields.get("id"),
-            collection=fields.get("collection", "default"),
+            collection=destination(grant, fields.get("collection")),
             lang=fields.get("lang") or None,
             media_type=received.media_type,
             metadata=_metadata(fields.get("metadata")),
+            within=grant.collections,
         )
     headers = {"Location": f"/audio/{recording.id}"}
     if not created:
@@ -140,18 +152,23 @@ async def upload_recording(
 @api.get("/audio", summary="List recordings, newest first")
 def list_recordings(
     service: ServiceHere,
+    grant: Reader,
     collection: OptionalText = None,
     status: OptionalStatus = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
     cursor: str | None = None,
 ) -> RecordingPage:
-    found, following = service.library.page(collection=collection, status=status, cursor=cursor, limit=limit)
+    found, following = service.library.page(
+        status=status, cursor=cursor, limit=limit, within=visible(grant, collection)
+    )
     return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)
 
 
 @api.get("/audio/{id}", summary="One recording")
-def get_recording(service: ServiceHere, id: str) -> RecordingBody:
-    return RecordingBody.of(service.library.catalog.get(id))
+def get_recording(
+    service: ServiceHere, grant: Reader, id: str, collection: Collection = None
+) -> RecordingBody:
+    return RecordingBody.of(service.library.catalog.get(id, within=visible(grant, collection)))
 
 
 @api.get(
@@ -166,9 +183,13 @@ def get_recording(service: ServiceHere, id: str) -> RecordingBody:
 )
 @api.head("/audio/{id}/content", include_in_schema=False)
 def get_content(
-    service: ServiceHere, id: str, if_none_match: Annotated[str | None, Header()] = None
+    service: ServiceHere,
+    grant: Reader,
+    id: str,
+    collection: Collection = None,
+    if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    recording = service.library.catalog.get(id)
+    recording = service.library.catalog.get(id, within=visible(grant, collection))
     etag = f'"{recording.sha256}"'
     known = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
     if known & {etag, "*"}:
@@ -200,8 +221,8 @@ class _Content(FileResponse):
 
 
 @api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
-def delete_recording(service: ServiceHere, id: str) -> Response:
-    service.library.delete(id)
+def delete_recording(service: ServiceHere, grant: Writer, id: str, collection: Collection = None) -> Response:
+    service.library.delete(id, within=visible(grant, collection))
     return Response(status_code=204)
 
 
@@ -211,6 +232,7 @@ def delete_recording(service: ServiceHere, id: str) -> Response:
 @api.get("/search", summary="Find recordings by a question in any language")
 async def search(
     service: ServiceHere,
+    grant: Reader,
     q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
     lang: Annotated[
         str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
@@ -219,16 +241,17 @@ async def search(
     collection: OptionalText = None,
     min_score: OptionalScore = None,
 ) -> SearchAnswer:
-    return await _answer(
-        service, SearchBody(q=q, lang=lang, limit=limit, collection=collection, min_score=min_score)
-    )
+    body = SearchBody(q=q, lang=lang, limit=limit, collection=collection, min_score=min_score)
+    return await _answer(service, grant, body)
 
 
 @api.post("/search", summary="One question with filters, or several questions")
-async def search_json(service: ServiceHere, body: SearchBody | SearchesBody) -> SearchAnswer | SearchAnswers:
+async def search_json(
+    service: ServiceHere, grant: Reader, body: SearchBody | SearchesBody
+) -> SearchAnswer | SearchAnswers:
     if isinstance(body, SearchBody):
-        return await _answer(service, body)
-    results = await asyncio.gather(*(_answer(service, question) for question in body.queries))
+        return await _answer(service, grant, body)
+    results = await asyncio.gather(*(_answer(service, grant, question) for question in body.queries))
     return SearchAnswers(results=results)
 
 
@@ -240,6 +263,7 @@ async def search_json(service: ServiceHere, body: SearchBody | SearchesBody) -> 
 async def search_by_recording(
     request: Request,
     service: ServiceHere,
+    grant: Reader,
     lang: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: OptionalText = None,
@@ -247,8 +271,8 @@ async def search_by_recording(
 ) -> SearchAnswer:
     started = time.perf_counter()
     async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
-        narrowed = schemas.filter_of(FilterBody(), _collection(collection))
-        question = Question(limit, narrowed, _number(min_score))
+        among = schemas.filter_of(FilterBody(), visible(grant, collection))
+        question = Question(limit, among, _number(min_score))
         lang = canonical_tag(received.fields.get("lang", lang) or None)
         answer = await _answer_to_recording(service, received.upload.path, lang, question, started)
     echo = QueryEcho(text=None, lang=lang, normalized=None)
@@ -268,11 +292,11 @@ async def _answer_to_recording(
             return replace(answer, encode_s=encode_s)
 
 
-async def _answer(service: Service, body: SearchBody) -> SearchAnswer:
+async def _answer(service: Service, grant: Grant, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
     lang, normalized = _normalized(body)
     narrowed = body.filter.model_copy(update={"lang": canonical_tag(body.filter.lang)})
-    among = schemas.filter_of(narrowed, _collection(body.collection))
+    among = schemas.filter_of(narrowed, visible(grant, body.collection))
     question = Question(body.limit, among, _number(body.min_score))
     answer = await service.answerer.ask(normalized, question)
     echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
@@ -292,10 +316,6 @@ def _number(min_score: float | Literal["auto"] | None) -> float | None:
     return None if min_score == "auto" else min_score
 
 
-def _collection(name: str | None) -> str | None:
-    return None if name is None else check_name("collection", name)
-
-
 # --- operation
 
 
@@ -312,7 +332,7 @@ async def ready(service: ServiceHere) -> Response:
 
 
 @operations.get("/metrics", summary="Prometheus metrics")
-def metrics(service: ServiceHere) -> Response:
+def metrics(service: ServiceHere, _: Admin) -> Response:
     service.observe_library()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -367,7 +387,9 @@ async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> R
     while recording.status in ("pending", "processing") and time.monotonic() < deadline:
         await anyio.sleep(0.05)
         try:
-            recording = await run_in_threadpool(service.library.catalog.get, recording.id)
+            recording = await run_in_threadpool(
+                service.library.catalog.get, recording.id, within={recording.collection}
+            )
         except RecordingNotFound:
             raise HttpError(
                 "recording_not_found", "The recording was deleted while it was waited for."

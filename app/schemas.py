@@ -281,5 +281,5 @@ class ProblemBody(BaseModel):
     errors: list[dict[str, str]] | None = None
 
 
-def filter_of(body: FilterBody, collection: str | None) -> Filter:
-    return Filter(collection=collection, lang=body.lang, metadata=tuple(sorted(body.metadata.items())))
+def filter_of(body: FilterBody, within: frozenset[str] | None) -> Filter:
+    return Filter(within=within, lang=body.lang, metadata=tuple(sorted(body.metadata.items())))

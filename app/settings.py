@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that `clasp serve` binds to."""
     api_keys: Annotated[tuple[str, ...], NoDecode, Field(repr=False)] = ()
-    """Accepted keys (`Authorization: Bearer KEY` or `X-API-Key: KEY`), comma-separated; none: open."""
+    """Accepted keys with all scopes, comma-separated, beside those that `clasp keys create` makes."""
+    allow_anonymous: bool = False
+    """Whether to serve other machines without any key: something in front of the service checks."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 1 << 30
     """Largest accepted upload."""
     max_duration_s: Annotated[float, Field(gt=0)] = 6 * 3600.0

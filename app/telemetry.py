@@ -124,7 +124,8 @@ class Metrics:
 
 
 class RequestContext:
-    """ASGI middleware: a request id in every log line and answer, one log line and one metric a request."""
+    """ASGI middleware: a request id in every log line and answer, one log line (which names the key that
+    asked) and one metric a request."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -157,4 +158,8 @@ class RequestContext:
                 method = scope["method"] if route != "unmatched" else "any"
                 self._metrics.requests.labels(method, route, status).inc()
                 self._metrics.request_seconds.labels(method, route).observe(seconds)
-                _log.info("request", method=method, route=route, status=status, seconds=round(seconds, 4))
+                key = getattr(scope.get("grant"), "name", None)
+                by = {} if key is None else {"key": key}
+                _log.info(
+                    "request", method=method, route=route, status=status, seconds=round(seconds, 4), **by
+                )

@@ -6,12 +6,15 @@ vector index) follows `changes`: each row says "this recording is not what it wa
 
 Every vector is stored under the fingerprint of its model, and one model is the active one: what is
 `ready` is so by its vectors. `Reindexing` is how a library comes to have another.
+
+Collections are apart, so that they can belong to tenants who may know nothing of each other: what takes
+`within`, the collections that the caller may see (None: all), neither finds nor tells anything of others.
 """
 
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +29,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.dialects.postgresql import JSONB
 
-from clasp_core.errors import DataMismatch, IdConflict, ProcessingFailed, RecordingNotFound
+from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, ProcessingFailed, RecordingNotFound
 from clasp_core.types import Embeddings, Seconds
 
 T = TypeVar("T")
@@ -115,7 +118,8 @@ _reindexing = sa.Table(
 class Recording:
     """One uploaded recording and what became of it.
 
-    `key` orders recordings by arrival and is never used twice; `id` is the name the world knows.
+    `key` orders recordings by arrival and is never used twice; no answer shows it, since it counts what all
+    tenants have. `id` is the name the world knows, one recording's in its collection.
     `metadata` is the caller's JSON object. `model` is the fingerprint of the model its vectors are by.
     """
 
@@ -189,14 +193,24 @@ class Span(NamedTuple):
     transcript: str | None
 
 
+class Place(NamedTuple):
+    """Where a recording stands in a list, newest first. It says no more than the recording itself."""
+
+    created_at: datetime
+    id: str
+    collection: str
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which recordings to search: those of which everything given here is true; by default all.
 
-    `lang` is a canonical tag, compared whole; `metadata` pairs are top-level members and their values.
+    `within` holds the collections that the asker may see; `lang` is a canonical tag, compared whole;
+    `metadata` pairs are top-level members and their values.
     """
 
     collection: str | None = None
+    within: frozenset[str] | None = None
     lang: str | None = None
     metadata: tuple[tuple[str, str | int | float | bool], ...] = ()
 
@@ -228,21 +242,22 @@ class Catalog:
         """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it."""
         self._engine = _create_engine(url)
         self._jobs = _Jobs(_recordings, _recordings.c.key, sa.true())
-        with self._write() as db:
-            _migrate(db)
+        _migrate(url)
 
     def close(self) -> None:
         self._engine.dispose()
 
     # --- recordings
 
-    def register(self, new: NewRecording, place: Callable[[], None]) -> tuple[Recording, bool]:
-        """Make a pending recording, or find the one that has these bytes already.
+    def register(
+        self, new: NewRecording, place: Callable[[], None], *, within: Set[str] | None = None
+    ) -> tuple[Recording, bool]:
+        """Make a pending recording, or find the one of its collection that has these bytes already.
 
-        Returns (recording, created). `place` stores the bytes, unless they are there; it runs under the
-        write lock, before the row exists, so no row is ever without its bytes and no sweep can take them
-        between. A recording that failed with `processing_failed` is tried afresh when its bytes come again.
-        Raises IdConflict where the id belongs to another recording.
+        Returns (recording, created). `place` stores the bytes; it runs under the write lock, before the
+        row exists, so no row is ever without its bytes and no sweep can take them between. A recording
+        that failed with `processing_failed` is tried afresh when its bytes come again. Raises IdConflict
+        where the id belongs to another recording that the caller may see.
         """
         with self._write() as db:
             same = (_recordings.c.collection == new.collection) & (_recordings.c.sha256 == new.sha256)
@@ -251,7 +266,7 @@ class Catalog:
                 if found.error_code == ProcessingFailed.code:
                     self._set(db, found.key, status="pending", attempts=0, error_code=None, error_detail=None)
                 return self._by_key(db, found.key), False
-            if _one(db, _recordings.c.id == new.id) is not None:
+            if _exists(db, _named(new.id, within)):
                 raise IdConflict(f"The id {new.id!r} belongs to another recording.")
             place()
             values = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__}
@@ -261,13 +276,10 @@ class Catalog:
             row = db.execute(insert.returning(_recordings.c.key)).one()
             return self._by_key(db, row.key), True
 
-    def get(self, recording_id: str) -> Recording:
-        """Raises RecordingNotFound."""
+    def get(self, recording_id: str, *, within: Set[str] | None = None) -> Recording:
+        """Raises RecordingNotFound, and AmbiguousId where several collections have such a one."""
         with self._read() as db:
-            found = _one(db, _recordings.c.id == recording_id)
-        if found is None:
-            raise RecordingNotFound(f"There is no recording {recording_id!r}.")
-        return found
+            return _only(db, recording_id, within)
 
     def by_key(self, keys: Sequence[int]) -> dict[int, Recording]:
         """Those of the recordings that (still) exist and are ready."""
@@ -280,25 +292,32 @@ class Catalog:
         return found
 
     def page(
-        self, *, collection: str | None, status: str | None, before: int | None, limit: int
+        self,
+        *,
+        collection: str | None,
+        status: str | None,
+        before: Place | None,
+        limit: int,
+        within: Set[str] | None = None,
     ) -> list[Recording]:
-        """Up to `limit` recordings, newest first, of those older than the one with key `before`."""
-        query = sa.select(*_RECORDING_COLUMNS).order_by(_recordings.c.key.desc()).limit(limit)
+        """Up to `limit` recordings, newest first, of those that stand behind `before`."""
+        place = [_recordings.c[field] for field in Place._fields]
+        query = sa.select(*_RECORDING_COLUMNS).where(_inside(within)).limit(limit)
+        query = query.order_by(*(column.desc() for column in place))
         if collection is not None:
             query = query.where(_recordings.c.collection == collection)
         if status is not None:
             query = query.where(_recordings.c.status == status)
         if before is not None:
-            query = query.where(_recordings.c.key < before)
+            last = [sa.literal(value, column.type) for value, column in zip(before, place, strict=True)]
+            query = query.where(sa.tuple_(*place) < sa.tuple_(*last))
         with self._read() as db:
             return [_recording(row) for row in db.execute(query)]
 
-    def delete(self, recording_id: str) -> Recording:
-        """Remove a recording with its segments. Raises RecordingNotFound."""
+    def delete(self, recording_id: str, *, within: Set[str] | None = None) -> Recording:
+        """Remove a recording with its segments. Raises as `get` does."""
         with self._write() as db:
-            found = _one(db, _recordings.c.id == recording_id)
-            if found is None:
-                raise RecordingNotFound(f"There is no recording {recording_id!r}.")
+            found = _only(db, recording_id, within)
             db.execute(sa.delete(_segments).where(_segments.c.recording == found.key))
             db.execute(sa.delete(_reindexing).where(_reindexing.c.recording == found.key))
             db.execute(sa.delete(_recordings).where(_recordings.c.key == found.key))
@@ -489,9 +508,9 @@ class Catalog:
 
     def matching(self, wanted: "Filter") -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
-        query = (
-            sa.select(_recordings.c.key).where(_recordings.c.status == "ready").order_by(_recordings.c.key)
-        )
+        # sorted here: asked for them in order, SQLite walks all that is ready rather than a few collections
+        ready = _recordings.c.status == "ready"
+        query = sa.select(_recordings.c.key).where(ready & _inside(wanted.within))
         if wanted.collection is not None:
             query = query.where(_recordings.c.collection == wanted.collection)
         if wanted.lang is not None:
@@ -499,7 +518,7 @@ class Catalog:
         for name, value in wanted.metadata:
             query = query.where(_member(name, value, self._engine.dialect.name))
         with self._read() as db:
-            return np.array(db.execute(query).scalars().all(), np.int64)
+            return np.sort(np.array(db.execute(query).scalars().all(), np.int64))
 
     # --- inside
 
@@ -875,6 +894,24 @@ def _without_suspects(candidates: Sequence[Any]) -> list[int]:
     return [candidate.key for candidate in candidates if not candidate.attempts]
 
 
+def _inside(within: Set[str] | None) -> sa.ColumnElement[bool]:
+    """That a recording is in one of the collections that may be seen."""
+    return sa.true() if within is None else _recordings.c.collection.in_(sorted(within))
+
+
+def _named(recording_id: str, within: Set[str] | None) -> sa.ColumnElement[bool]:
+    return (_recordings.c.id == recording_id) & _inside(within)
+
+
+def _only(db: sa.Connection, recording_id: str, within: Set[str] | None) -> Recording:
+    rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(_named(recording_id, within)).limit(2)).all()
+    if not rows:
+        raise RecordingNotFound(f"There is no recording {recording_id!r}.")
+    if len(rows) > 1:
+        raise AmbiguousId(f"Several collections have a recording {recording_id!r}; name the collection.")
+    return _recording(rows[0])
+
+
 def _one(db: sa.Connection, condition: sa.ColumnElement[bool]) -> Recording | None:
     row = db.execute(sa.select(*_RECORDING_COLUMNS).where(condition)).one_or_none()
     return None if row is None else _recording(row)
@@ -888,7 +925,9 @@ _WRITERS = 0x636C617370
 """PostgreSQL's name of the lock that every writing transaction holds: "clasp"."""
 
 
-def _create_engine(url: str) -> sa.Engine:
+def _create_engine(url: str, *, migrating: bool = False) -> sa.Engine:
+    """`migrating` leaves SQLite's foreign keys unheeded, which can only be said outside of a transaction: to
+    change a table there is to make another in its place, and to drop one deletes all that points at it."""
     engine = sa.create_engine(url)
     if engine.dialect.name != "sqlite":
         # elsewhere writers do not exclude each other by themselves, and leases, sweeps and the order
@@ -905,7 +944,8 @@ def _create_engine(url: str) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _: object) -> None:  # noqa: ANN401
         connection.isolation_level = None
-        for pragma in ("busy_timeout=60000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        heeded = "foreign_keys=OFF" if migrating else "foreign_keys=ON"
+        for pragma in ("busy_timeout=60000", "journal_mode=WAL", "synchronous=FULL", heeded):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")
@@ -920,15 +960,18 @@ _migrating = threading.Lock()
 """Alembic keeps what it is migrating in module globals."""
 
 
-def _migrate(db: sa.Connection) -> None:
+def _migrate(url: str) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = db
+    engine = _create_engine(url, migrating=True)
     try:
-        with _migrating:
+        with engine.connect().execution_options(clasp_write=True) as db, db.begin(), _migrating:
+            config.attributes["connection"] = db
             alembic.command.upgrade(config, "head")
     except alembic.util.CommandError as error:
         raise DataMismatch(
             f"The catalogue was written by a newer version of this program ({error}). Use that version, or"
             " another CLASP_DATA_DIR."
         ) from error
+    finally:
+        engine.dispose()

@@ -14,6 +14,7 @@
     │       └── AudioTooLong
     ├── RecordingNotFound
     ├── IdConflict
+    ├── AmbiguousId
     ├── NotCalibrated
     ├── ExtraMissing
     ├── ModelUnavailable
@@ -119,6 +120,12 @@ class IdConflict(ClaspError):
     """The id belongs to a recording with other bytes."""
 
     code = "id_conflict"
+
+
+class AmbiguousId(ClaspError):
+    """Several collections have a recording with this id; the caller, who may see them all, names one."""
+
+    code = "ambiguous_id"
 
 
 class NotCalibrated(ClaspError):

@@ -6,16 +6,16 @@ Embedding the recordings is `clasp_core.ingest`, which may run in another proces
 """
 
 import base64
-import binascii
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from clasp_core.catalog import Catalog, Filter, NewRecording, Recording, StoredModel
+from clasp_core.catalog import Catalog, Filter, NewRecording, Place, Recording, StoredModel
 from clasp_core.errors import DataMismatch, InvalidField
 from clasp_core.index import Match, VectorIndex
 from clasp_core.language import canonical_tag
@@ -70,10 +70,9 @@ class Library:
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
         it: see `clasp_core.reindex`. DataMismatch also where a newer version of this program wrote it.
         """
-        data_dir.mkdir(parents=True, exist_ok=True)
+        self.catalog = open_catalog(data_dir, database_url)
         self.model = model
         self.store = AudioStore(data_dir / "audio")
-        self.catalog = Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
@@ -103,11 +102,13 @@ class Library:
         lang: str | None = None,
         media_type: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        within: Set[str] | None = None,
     ) -> tuple[Recording, bool]:
         """Keep a sealed upload. When this returns it survives any crash, and waits to be embedded.
 
         Returns (recording, created); the same bytes again in a collection give the first recording.
-        Raises IdConflict, InvalidField or InvalidLanguage.
+        `within` are the collections that the caller may see, the recording's among them; None means all.
+        Raises IdConflict (where one that can be seen has the id), InvalidField or InvalidLanguage.
         """
         new = NewRecording(
             id=check_name("id", recording_id) if recording_id is not None else str(uuid4()),
@@ -118,12 +119,12 @@ class Library:
             lang=canonical_tag(lang),
             metadata=_plain_json(metadata or {}),
         )
-        return self.catalog.register(new, lambda: self.store.place(upload))
+        return self.catalog.register(new, lambda: self.store.place(upload), within=within)
 
-    def delete(self, recording_id: str) -> None:
+    def delete(self, recording_id: str, *, within: Set[str] | None = None) -> None:
         """Forget a recording: when this returns it is no hit here, and its bytes are gone unless another
-        collection has the same. Raises RecordingNotFound."""
-        deleted = self.catalog.delete(recording_id)
+        collection has the same. Raises as `catalog.get` does."""
+        deleted = self.catalog.delete(recording_id, within=within)
         self.catalog.sweep([deleted.sha256], self.store.remove)
         if self._index is not None:
             self.refresh()
@@ -135,15 +136,18 @@ class Library:
         status: str | None = None,
         cursor: str | None = None,
         limit: int = 100,
+        within: Set[str] | None = None,
     ) -> tuple[list[Recording], str | None]:
         """Recordings, newest first, and the cursor of the next page (None after the last).
 
         Pages neither skip nor repeat a recording while others are added or deleted.
         """
         before = None if cursor is None else _decode_cursor(cursor)
-        found = self.catalog.page(collection=collection, status=status, before=before, limit=limit + 1)
+        found = self.catalog.page(
+            collection=collection, status=status, before=before, limit=limit + 1, within=within
+        )
         more = len(found) > limit
-        return found[:limit], _encode_cursor(found[limit - 1].key) if more else None
+        return found[:limit], _encode_cursor(found[limit - 1]) if more else None
 
     def tidy(self) -> None:
         """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models."""
@@ -178,7 +182,7 @@ class Library:
             if match.recording in recordings
             and (question.min_score is None or match.score >= question.min_score)
         ]
-        kept.sort(key=lambda match: (-match.score, recordings[match.recording].id))
+        kept.sort(key=lambda match: (-match.score, recordings[match.recording].id, match.recording))
         kept = kept[: question.limit]
         named = [(match.recording, ordinal) for match in kept for ordinal, _ in match.segments]
         spans = self.catalog.spans(named, model=self.model)
@@ -233,6 +237,12 @@ class Library:
             self._saved = point
 
 
+def open_catalog(data_dir: Path, database_url: str | None = None) -> Catalog:
+    """The catalogue of the library in a data directory, which is created. Raises as Catalog does."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    return Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
+
+
 def _ways_out(active: StoredModel, wanted: StoredModel) -> str:
     """What to do where a library has one model and was opened with another."""
     anew = f"`clasp reindex --model {wanted.name}`" if wanted.name else "`clasp reindex`"
@@ -261,15 +271,21 @@ def _plain_json(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     return metadata
 
 
-def _encode_cursor(key: int) -> str:
-    return base64.urlsafe_b64encode(b"1:%d" % key).decode().rstrip("=")
+def _encode_cursor(last: Recording) -> str:
+    """By what the page itself says of its last recording. The key would tell how many others there are."""
+    place = [last.created_at.isoformat(), last.id, last.collection]
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode().rstrip("=")
 
 
-def _decode_cursor(cursor: str) -> int:
+def _decode_cursor(cursor: str) -> Place:
     try:
-        version, _, key = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).partition(b":")
-        if version == b"1" and key.isdigit() and len(key) <= 18:
-            return int(key)
-    except (binascii.Error, ValueError):
+        match json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))):
+            case [str(created_at), str(recording_id), str(collection)]:
+                when = datetime.fromisoformat(created_at)
+                # what is no name is no place either, and some of it no database takes
+                names = (check_name("id", recording_id), check_name("collection", collection))
+                if when.tzinfo is None:
+                    return Place(when, *names)
+    except (InvalidField, ValueError, RecursionError):
         pass
     raise InvalidField("cursor is not one that this service gave out.")

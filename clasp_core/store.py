@@ -68,10 +68,9 @@ class AudioStore:
         return Upload(self._incoming / secrets.token_hex(16))
 
     def place(self, upload: Upload) -> None:
-        """Give a sealed upload its final name, durably. The same bytes may be there already."""
+        """Give a sealed upload its final name, durably. The same bytes may be there already: they are then
+        replaced, since to be quicker would tell that somebody has them."""
         target = self._path(upload.sha256)
-        if target.exists():
-            return
         target.parent.mkdir(exist_ok=True)
         upload.path.rename(target)
         sync_folder(target.parent)

@@ -6,7 +6,7 @@ Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong
 import typer
 from pydantic import ValidationError
 
-from app.cli import datasets, evaluation, library, models, training
+from app.cli import datasets, evaluation, keys, library, models, training
 from app.cli.common import fail
 from clasp_core.errors import ClaspError
 
@@ -19,6 +19,7 @@ cli = typer.Typer(
 )
 for part in (library, evaluation, training):
     cli.add_typer(part.cli)
+cli.add_typer(keys.cli, name="keys")
 cli.add_typer(models.cli, name="models")
 cli.add_typer(datasets.cli, name="dataset")
 

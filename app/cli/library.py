@@ -39,11 +39,21 @@ def serve(
     from app.telemetry import configure_logging
 
     settings = Settings()
+    address = (host if host is not None else settings.host, port if port is not None else settings.port)
+    try:
+        private = _is_loopback(address[0])
+    except OSError as error:
+        fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
+    if not private and not settings.allow_anonymous and not _keys_are_needed(settings):
+        fail(
+            f"{address[0] or 'every address'} can be reached from other machines, and there is no API key:"
+            " make one (clasp keys create NAME --scope read,write,admin) or set CLASP_API_KEYS; or set"
+            " CLASP_ALLOW_ANONYMOUS=true where something in front of the service checks"
+        )
     configure_logging(settings.log_level)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())  # uvicorn raises the signal again when it has shut down
     app = create_app(settings)
-    address = (host if host is not None else settings.host, port if port is not None else settings.port)
     try:
         listening = socket.create_server(
             address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET, backlog=2048
@@ -52,6 +62,28 @@ def serve(
         fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
     server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=15)
     uvicorn.Server(server).run([listening])
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there. OSError where nobody knows the host."""
+    import ipaddress
+    import socket
+
+    if not host:  # every address there is
+        return False
+    found = {str(place[4][0]) for place in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(place).is_loopback for place in found)
+
+
+def _keys_are_needed(settings: Settings) -> bool:
+    from app.opening import open_configured_catalog
+    from clasp_core.access import Keys
+
+    catalog = open_configured_catalog(settings)
+    try:
+        return Keys(catalog, settings.api_keys).needed()
+    finally:
+        catalog.close()
 
 
 @cli.command(help="Run one more ingest worker on the same data directory.")

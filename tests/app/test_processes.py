@@ -286,7 +286,7 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     """As is a host name that nobody knows: the line repeats what was asked for."""
-    refuses_to_start(tmp_path, "192.0.2.1", host="192.0.2.1", port=0)
+    refuses_to_start(tmp_path, "listen", "192.0.2.1", host="192.0.2.1", port=0, api_keys="secret")
 
 
 def test_the_data_of_another_model_is_refused(tmp_path: Path, bees: bytes) -> None:

@@ -22,6 +22,7 @@ ODD = {
     "host": "::1",
     "port": 0,
     "api_keys": ("first", "second=,'\"".replace(",", "")),
+    "allow_anonymous": True,
     "max_upload_bytes": 123,
     "max_duration_s": 0.5,
     "log_level": "debug",

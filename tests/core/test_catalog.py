@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clasp_core.catalog import MAX_ATTEMPTS, Catalog, EmbeddedSegment, Filter, NewRecording, Recording
-from clasp_core.errors import DataMismatch, IdConflict, RecordingNotFound
+from clasp_core.catalog import MAX_ATTEMPTS, Catalog, EmbeddedSegment, Filter, NewRecording, Place, Recording
+from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, RecordingNotFound
 from tests.core.doubles import (
     DIM,
     MODEL,
@@ -98,6 +98,28 @@ def test_an_id_names_one_recording_in_all_collections(catalog: Catalog, collecti
     assert catalog.counts() == {"pending": 1}
 
 
+def test_a_tenant_s_ids_are_its_own(catalog: Catalog) -> None:
+    """Who sees only some collections is neither stopped by an id of another nor given its recording; who
+    sees both says which is meant, rather than being given, or deleting, the wrong one."""
+    theirs = register(catalog, "call-1", collection="theirs")
+    new = NewRecording("call-1", "ours", "other bytes", 1, None, None, {})
+    with pytest.raises(IdConflict):
+        catalog.register(new, lambda: None)
+    ours, created = catalog.register(new, lambda: None, within={"ours"})
+    assert created
+    assert catalog.get("call-1", within={"ours"}) == ours
+    assert catalog.get("call-1", within={"theirs", "third"}) == theirs
+    for lookup in (catalog.get, catalog.delete):
+        with pytest.raises(AmbiguousId):
+            lookup("call-1")
+        with pytest.raises(RecordingNotFound):
+            lookup("call-1", within={"third"})
+        with pytest.raises(RecordingNotFound):
+            lookup("call-1", within=frozenset())
+    assert catalog.delete("call-1", within={"ours"}) == ours
+    assert catalog.get("call-1") == theirs
+
+
 def test_bytes_that_cannot_be_stored_leave_no_recording(catalog: Catalog) -> None:
     """A full disk must not leave a record of a recording that nobody has."""
 
@@ -154,11 +176,12 @@ def test_pages_neither_skip_nor_repeat_while_rows_come_and_go(catalog: Catalog) 
     before = None
     while page := catalog.page(collection=None, status=None, before=before, limit=3):
         seen += ids(page)
-        before = page[-1].key
-        register(catalog, f"new {before}")
-        catalog.delete(page[-1].id)
-        if before > 5:
-            catalog.delete(f"{before - 4}")  # one that a later page would have begun or ended with
+        last = page[-1]
+        before = Place(last.created_at, last.id, last.collection)
+        register(catalog, f"new {last.key}")
+        catalog.delete(last.id)
+        if last.key > 5:
+            catalog.delete(f"{last.key - 4}")  # one that a later page would have begun or ended with
     stayed = {recording.id for recording in catalog.page(collection=None, status=None, before=None, limit=99)}
     assert len(seen) == len(set(seen))
     assert {name for name in stayed if not name.startswith("new")} <= set(seen)
@@ -175,6 +198,12 @@ def test_pages_hold_only_what_was_asked_for(catalog: Catalog) -> None:
     assert ids(catalog.page(collection="even", status=None, **everything)) == ["4", "2", "0"]
     assert ids(catalog.page(collection=None, status="failed", **everything)) == ["0"]
     assert ids(catalog.page(collection="odd", status="failed", **everything)) == []
+    assert ids(catalog.page(collection=None, status=None, within={"odd", "none"}, **everything)) == [
+        "5",
+        "3",
+        "1",
+    ]
+    assert ids(catalog.page(collection="odd", status=None, within={"even"}, **everything)) == []
 
 
 def test_counts_and_the_longest_wait(catalog: Catalog) -> None:
@@ -504,6 +533,8 @@ def test_all_parts_of_a_filter_must_hold(catalog: Catalog) -> None:
     assert found(Filter(collection="b", metadata=(("speaker", "t"),))) == ["7", "9", "11"]
     assert found(Filter(collection="a", lang="fa", metadata=(("speaker", "s"),))) == ["0"]
     assert found(Filter(collection="c")) == []
+    assert found(Filter(within=frozenset({"a", "c"}), lang="fa")) == ["0", "1"]
+    assert found(Filter(collection="a", within=frozenset({"b"}))) == []
     assert found(Filter(metadata=(("speaker", "s"), ("speaker", "t")))) == []
 
 

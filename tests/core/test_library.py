@@ -288,7 +288,14 @@ def test_a_cursor_outlives_the_recording_it_was_made_at(library: Library) -> Non
     ["", "5", "a", "!!!!", "é", "\0", "A" * 10_000]
     + [
         base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-        for text in ("5", "1:", ":5", "1:x", "1:-5", "1: 5", "1:5:6", "2:5", "1:٣", "1:" + "9" * 19)
+        for text in (
+            *("5", "1:5", "null", "{}", "[]", '["2026-01-01T00:00:00", "a"]', '["now", "a", "default"]'),
+            *(
+                '["2026-01-01T00:00:00+00:00", "a", "b"]',
+                '["2026-01-01T00:00:00", "a\\u0000", "b"]',
+                "[" * 9000,
+            ),
+        )
     ],
 )
 def test_a_cursor_that_nobody_gave_out_is_refused(library: Library, cursor: str) -> None:

@@ -738,7 +738,7 @@ def test_a_switch_happens_entirely_or_not_at_all(open_as: Opener, tmp_path: Path
 
 @pytest.fixture
 def written_by_0001(tmp_path: Path) -> dict[str, Embeddings]:
-    """A catalogue as the first schema had it: three ready recordings, and one each of other sorts."""
+    """A catalogue as the first schema had it: three ready recordings, two others, one deleted."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(catalog_module.__file__).parent / "migrations"))
@@ -760,6 +760,7 @@ def written_by_0001(tmp_path: Path) -> dict[str, Embeddings]:
             for ordinal, row in enumerate(vectors.get(name, ())):
                 values = (key, ordinal, float(ordinal), ordinal + 1.0, row.astype("<f4").tobytes())
                 db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?)", values)
+        db.execute("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'recordings'")
         for seq, key in enumerate([1, 2, 9, 3, 9], 1):
             db.execute("INSERT INTO changes VALUES (?, ?, ?)", (seq, key, f"token {seq}"))
         db.commit()
@@ -780,6 +781,18 @@ def test_what_an_earlier_version_wrote_is_searched(
             assert (best.segments[0].start_s, best.segments[0].transcript) == (float(ordinal), None)
     complete(library.catalog, library.catalog.get("waiting"), random_vectors(9, 1))
     assert len(search(library, random_vectors(9, 1)[0])) == 4
+
+
+@pytest.mark.usefixtures("written_by_0001")
+def test_an_upgrade_gives_no_key_twice(open_as: Opener, tmp_path: Path) -> None:
+    """Replicas know recordings by their keys: a second life of one would bring back what was deleted. And
+    what pointed at the recordings' old table points at the new one."""
+    library = open_as(OLD)
+    assert register(library.catalog, "next", sha256="next").key == 10
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
+        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+        targets = db.execute("SELECT \"table\" FROM pragma_foreign_key_list('segments')").fetchall()
+        assert targets == [("recordings",)]
 
 
 @pytest.mark.usefixtures("written_by_0001")

@@ -1,0 +1,104 @@
+"""Who asks, and what they may do: a key for every path but those of health, a scope for every call.
+
+`Guard` asks for the key before anything else of a request is looked at, its body and whether there is
+such an address among it. Endpoints then say by `Reader`, `Writer` or `Admin` what they need.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import HttpError, problem
+from clasp_core.access import Grant, Keys
+from clasp_core.library import check_name
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_AT_ONCE = 4
+
+
+class Guard:
+    """ASGI middleware: 401 `unauthorized`, or a `Grant` in the request's scope."""
+
+    def __init__(self, app: ASGIApp, keys: Callable[[], Keys]) -> None:
+        """`keys` is asked for each request: a service may exchange its library."""
+        self._app = app
+        self._keys = keys
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            if self._limiter is None:
+                # threads of our own: where all others wait for a long recording, a question does not
+                self._limiter = anyio.CapacityLimiter(_AT_ONCE)
+            given = _presented(Headers(scope=scope))
+            grant = await anyio.to_thread.run_sync(self._keys().authenticate, given, limiter=self._limiter)
+            if grant is None:
+                refusal = problem(
+                    "unauthorized", "An API key is needed.", headers={"WWW-Authenticate": "Bearer"}
+                )
+                await refusal(scope, receive, send)
+                return
+            scope["grant"] = grant
+        await self._app(scope, receive, send)
+
+
+def _presented(headers: Headers) -> str:
+    """`Authorization: Bearer KEY` or `X-API-Key: KEY`; else an empty text."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+_BEARER = HTTPBearer(scheme_name="bearer", auto_error=False)
+_HEADER = APIKeyHeader(name="X-API-Key", scheme_name="header", auto_error=False)
+
+
+async def _granted(
+    request: Request,
+    needed: SecurityScopes,
+    bearer: Annotated[object, Depends(_BEARER)],  # these two are for the API's description;
+    header: Annotated[object, Depends(_HEADER)],  # what they find, the guard has judged
+) -> Grant:
+    grant: Grant = request.scope["grant"]
+    for scope in needed.scopes:
+        if not grant.allows(scope):  # type: ignore[arg-type]
+            raise HttpError("forbidden", f"The key lacks the scope {scope}.")
+    return grant
+
+
+Reader = Annotated[Grant, Security(_granted, scopes=["read"])]
+Writer = Annotated[Grant, Security(_granted, scopes=["write"])]
+Admin = Annotated[Grant, Security(_granted, scopes=["admin"])]
+
+
+def visible(grant: Grant, collection: str | None) -> frozenset[str] | None:
+    """The collections that a call is about: the one it names, or all that the key may see (None: all).
+
+    HttpError `forbidden` where it names another than the key may see, whether there is such a one or not;
+    InvalidField where that is no name.
+    """
+    if collection is None:
+        return grant.collections
+    check_name("collection", collection)
+    if grant.collections is not None and collection not in grant.collections:
+        raise HttpError("forbidden", f"The key is not for the collection {collection!r}.")
+    return frozenset({collection})
+
+
+def destination(grant: Grant, collection: str | None) -> str:
+    """The collection that an upload goes to. HttpError `collection_required` where the key is for several and
+    none is named; else as `visible`."""
+    if collection is not None:
+        visible(grant, collection)
+        return collection
+    if grant.collections is None:
+        return "default"
+    if len(grant.collections) > 1:
+        raise HttpError("collection_required", "The key is for several collections; name one.")
+    (only,) = grant.collections
+    return only

@@ -1,0 +1,185 @@
+"""API keys: who may do what, and with which collections.
+
+A key is `clasp_<id>_<secret>` (12 and 64 hexadecimal digits: a form that scanners for leaked secrets can
+find) and is shown once. What is kept is the SHA-256 of its secret: 256 random bits cannot be guessed
+however quickly they are hashed, so a slow hash would only slow down every request.
+
+A library without any key is open. It is not open again when its last key is revoked: whoever revokes a key
+that leaked does not mean to let everybody in.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sa
+
+from clasp_core.catalog import Catalog
+from clasp_core.errors import InvalidInput
+from clasp_core.library import check_name
+
+Scope = Literal["read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+_FORM = re.compile(r"clasp_([0-9a-f]{12})_([0-9a-f]{64})")
+_NO_KEY = "0" * 64
+"""What the secret is compared with where there is no such key: the SHA-256 of nothing anybody knows."""
+
+_api_keys = sa.Table(
+    "api_keys",
+    sa.MetaData(),
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text),
+    sa.Column("sha256", sa.Text),
+    sa.Column("scopes", sa.JSON),
+    sa.Column("collections", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.DateTime),
+    sa.Column("revoked_at", sa.DateTime),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What somebody may do: with all `collections` where that is None. `name` is that of the key, if any."""
+
+    name: str | None
+    scopes: frozenset[Scope]
+    collections: frozenset[str] | None = None
+
+    def allows(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as it is kept, without its secret. Times are UTC; `collections` None means all."""
+
+    id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    collections: tuple[str, ...] | None
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+class Keys:
+    """The keys of a library, and those (`fixed`) that settings give, which may do everything.
+
+    Nothing is remembered between calls: what one process creates or revokes holds for all from the moment
+    the call returns. Thread-safe.
+    """
+
+    def __init__(self, catalog: Catalog, fixed: Sequence[str] = ()) -> None:
+        self._catalog = catalog
+        self._fixed = [_digest(key) for key in fixed]
+
+    def create(
+        self, name: str, scopes: Collection[Scope], collections: Collection[str] | None = None
+    ) -> tuple[ApiKey, str]:
+        """A new key and its text, which is kept nowhere. `collections` None means all.
+
+        Raises InvalidField for a name that cannot be one; InvalidInput where the name is taken, be it by a
+        revoked key, since logs tell keys by their names; and for `admin` with a limit to collections,
+        since what an operator sees counts all.
+        """
+        check_name("the key's name", name)
+        if not scopes:
+            raise InvalidInput("A key needs a scope.")
+        if collections is not None and "admin" in scopes:
+            raise InvalidInput(
+                "A key with the scope admin sees all collections; it cannot be limited to some."
+            )
+        limits = (
+            None if collections is None else tuple(sorted({check_name("collection", c) for c in collections}))
+        )
+        secret = secrets.token_hex(32)
+        key = ApiKey(
+            id=secrets.token_hex(6),
+            name=name,
+            scopes=tuple(scope for scope in SCOPES if scope in scopes),
+            collections=limits,
+            created_at=_now(),
+            revoked_at=None,
+        )
+        row = {field: getattr(key, field) for field in ApiKey.__dataclass_fields__}
+        with self._catalog._write() as db:
+            if db.execute(sa.select(_api_keys.c.id).where(_api_keys.c.name == name)).first() is not None:
+                raise InvalidInput(f"There is a key called {name!r} already, or was; take another name.")
+            db.execute(sa.insert(_api_keys).values(**row, sha256=_digest(secret)))
+        return key, f"clasp_{key.id}_{secret}"
+
+    def list(self) -> list[ApiKey]:
+        """All that were ever created, oldest first."""
+        with self._catalog._read() as db:
+            rows = db.execute(sa.select(_api_keys).order_by(_api_keys.c.created_at, _api_keys.c.name))
+            return [_key(row) for row in rows]
+
+    def revoke(self, name: str) -> ApiKey:
+        """Make a key worthless, for good; doing so again changes nothing. Raises InvalidInput."""
+        here = _api_keys.c.name == name
+        with self._catalog._write() as db:
+            valid = here & _api_keys.c.revoked_at.is_(None)
+            db.execute(sa.update(_api_keys).where(valid).values(revoked_at=_now()))
+            row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
+        if row is None:
+            raise InvalidInput(f"There is no key called {name!r}.")
+        return _key(row)
+
+    def needed(self) -> bool:
+        """Whether nobody is let in without a key: where settings give one, or one was ever created."""
+        if self._fixed:
+            return True
+        with self._catalog._read() as db:
+            return _is_any(db)
+
+    def authenticate(self, given: str) -> Grant | None:
+        """What whoever presents this text may do: None for nothing, everything where no key is needed.
+
+        Secrets are compared by their hashes and in constant time, also where there is no such key.
+        """
+        everything = frozenset(SCOPES)
+        digest = _digest(given)
+        if any([hmac.compare_digest(digest, fixed) for fixed in self._fixed]):
+            return Grant("CLASP_API_KEYS", everything)
+        with self._catalog._read() as db:
+            row = None
+            if (parts := _FORM.fullmatch(given)) is not None:
+                key_id, secret = parts.groups()
+                row = db.execute(sa.select(_api_keys).where(_api_keys.c.id == key_id)).one_or_none()
+                is_right = hmac.compare_digest(_digest(secret), _NO_KEY if row is None else row.sha256)
+            if row is None and not self._fixed and not _is_any(db):
+                return Grant(None, everything)
+        if row is None or not is_right or row.revoked_at is not None:
+            return None
+        key = _key(row)
+        limits = None if key.collections is None else frozenset(key.collections)
+        return Grant(key.name, frozenset(key.scopes), limits)
+
+
+def _is_any(db: sa.Connection) -> bool:
+    """Whether a key was ever created."""
+    return bool(db.execute(sa.select(sa.exists().select_from(_api_keys))).scalar_one())
+
+
+def _key(row: Any) -> ApiKey:  # noqa: ANN401 - SQLAlchemy rows are untyped
+    return ApiKey(
+        id=row.id,
+        name=row.name,
+        scopes=tuple(row.scopes),
+        collections=None if row.collections is None else tuple(row.collections),
+        created_at=row.created_at,
+        revoked_at=row.revoked_at,
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
