@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,12 +224,17 @@ _RECORDING_COLUMNS = [_recordings.c[field] for field in Recording.__dataclass_fi
 class Catalog:
     """Thread-safe, and safe to open from several processes at once."""
 
-    def __init__(self, url: str) -> None:
-        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it."""
+    def __init__(self, url: str | sa.URL, *, upgrade: bool = True) -> None:
+        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it.
+
+        Without `upgrade` it is left as it is, for `copy_to` and `has_content` only: an older service may
+        be at work in it.
+        """
         self._engine = _create_engine(url)
         self._jobs = _Jobs(_recordings, _recordings.c.key, sa.true())
-        with self._write() as db:
-            _migrate(db)
+        if upgrade:
+            with self._write() as db:
+                _migrate(db)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -312,6 +317,11 @@ class Catalog:
                 used = sa.select(_recordings.c.sha256).where(_recordings.c.sha256.in_(some))
                 for sha256 in set(some) - set(db.execute(used).scalars()):
                     remove(sha256)
+
+    def has_content(self, sha256: str) -> bool:
+        """Whether some recording has these bytes."""
+        with self._read() as db:
+            return _exists(db, _recordings.c.sha256 == sha256)
 
     def counts(self) -> dict[str, int]:
         """Recordings by status; statuses without any are absent."""
@@ -404,6 +414,12 @@ class Catalog:
         """Give back what `owner` has leased; without counting an attempt, unless it `died` at work."""
         with self._write() as db:
             self._jobs.release(db, owner, died)
+
+    def forget_leases(self) -> None:
+        """Give back what anybody has leased, for whatever model: in a copy, where nobody is at work."""
+        with self._write() as db:
+            self._jobs.release(db, None, died=False)
+            _Jobs(_reindexing, _reindexing.c.recording, sa.true()).release(db, None, died=False)
 
     def complete(
         self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
@@ -500,6 +516,17 @@ class Catalog:
             query = query.where(_member(name, value, self._engine.dialect.name))
         with self._read() as db:
             return np.array(db.execute(query).scalars().all(), np.int64)
+
+    # --- copies
+
+    def copy_to(self, path: Path) -> None:
+        """Write what is committed at this moment to a new file, while others go on reading and writing.
+
+        SQLite only. Nothing of what was deleted is in it, as there may be in the pages of a file that
+        are free. It is not on disk yet when this returns.
+        """
+        with closing(self._engine.raw_connection()) as db:
+            db.cursor().execute("VACUUM INTO ?", (str(path),))
 
     # --- inside
 
@@ -742,7 +769,7 @@ class _Jobs:
     def extend(self, db: sa.Connection, owner: str, lease_s: Seconds) -> None:
         db.execute(sa.update(self._table).where(self._held(owner)).values(lease_until=time.time() + lease_s))
 
-    def release(self, db: sa.Connection, owner: str, died: bool) -> None:
+    def release(self, db: sa.Connection, owner: str | None, died: bool) -> None:
         db.execute(
             sa.update(self._table)
             .where(self._held(owner))
@@ -764,9 +791,11 @@ class _Jobs:
         )
         return done.rowcount == 1
 
-    def _held(self, owner: str) -> sa.ColumnElement[bool]:
+    def _held(self, owner: str | None) -> sa.ColumnElement[bool]:
+        """What is leased by `owner`, or by anybody."""
         job = self._table.c
-        return self.scope & (job.lease_owner == owner) & (job.status == "processing")
+        theirs = job.lease_owner.is_not(None) if owner is None else job.lease_owner == owner
+        return self.scope & theirs & (job.status == "processing")
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -888,7 +917,7 @@ _WRITERS = 0x636C617370
 """PostgreSQL's name of the lock that every writing transaction holds: "clasp"."""
 
 
-def _create_engine(url: str) -> sa.Engine:
+def _create_engine(url: str | sa.URL) -> sa.Engine:
     engine = sa.create_engine(url)
     if engine.dialect.name != "sqlite":
         # elsewhere writers do not exclude each other by themselves, and leases, sweeps and the order

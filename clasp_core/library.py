@@ -23,6 +23,8 @@ from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
 
+CATALOG_FILE = "catalog.sqlite3"
+AUDIO_FOLDER = "audio"
 CHANGES_AT_ONCE = 500
 MAX_HITS = 1000
 EVERYTHING = Filter()
@@ -72,8 +74,8 @@ class Library:
         """
         data_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
-        self.store = AudioStore(data_dir / "audio")
-        self.catalog = Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
+        self.store = AudioStore(data_dir / AUDIO_FOLDER)
+        self.catalog = Catalog(database_url or f"sqlite:///{data_dir / CATALOG_FILE}")
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
