@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import sqlite3
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 @dataclass
 class Client:
-    """Uploads and deletes without pause, and notes when it was answered what."""
+    """Uploads all the time, deletes half of it, and notes when it was answered what. Its first five stay."""
 
     name: str
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -40,19 +41,21 @@ class Client:
     refused: list[str] = field(default_factory=list)
 
     def work(self, base_url: httpx.URL, over: threading.Event, seed: int) -> None:
+        chance = random.Random(seed)
         with httpx.Client(base_url=base_url, timeout=60) as client:
-            while not over.wait(0.02):
+            while not over.wait(0.1):
                 seed += 1
                 name = f"{self.name}-{seed}"
                 self.contents[name] = recording(seed)
                 form = {"data": {"id": name}, "files": {"file": self.contents[name]}}
                 self._expect(client.post("/audio", **form), 202)
                 self.acknowledged[name] = time.monotonic()
-                if seed % 3:
-                    oldest = next(one for one in self.acknowledged if one not in self.asked_to_delete)
-                    self.asked_to_delete[oldest] = time.monotonic()
-                    self._expect(client.delete(f"/audio/{oldest}"), 204)
-                    self.deleted[oldest] = time.monotonic()
+                left = [one for one in self.acknowledged if one not in self.asked_to_delete][5:]
+                if left and seed % 2:
+                    one = chance.choice(left)
+                    self.asked_to_delete[one] = time.monotonic()
+                    self._expect(client.delete(f"/audio/{one}"), 204)
+                    self.deleted[one] = time.monotonic()
 
     def _expect(self, answer: httpx.Response, status: int) -> None:
         if answer.status_code != status:
@@ -97,7 +100,7 @@ def test_backups_under_load_hold_all_that_was_acknowledged(
         thread.start()
     try:
         eventually(lambda: all(len(client.deleted) > 3 for client in clients), within_s=60)
-        for number in range(4):
+        for number in range(3):
             began = time.monotonic()
             outcome = made(clasp("backup", place, "--json", cwd=folder))
             ended = time.monotonic()
@@ -133,9 +136,8 @@ def test_a_restored_library_answers_as_the_one_that_was_lost(
 ) -> None:
     """The new machine serves at once what the old one knew: there is no worker here that could embed anything
     anew, and every record and hit is the same."""
-    for name in ("en-doctor", "de-hedgehog", "fa-train", "en-volcano"):
-        if name in samples:
-            running.ready(samples[name].content, id=name, metadata=json.dumps({"name": name}))
+    for name in ("en-doctor", "hi-exam"):
+        running.ready(samples[name].content, id=name, metadata=json.dumps({"name": name}))
     eventually(
         lambda: all(item["status"] in ("ready", "failed") for item in running.listed(limit=1000)),
         within_s=120,
@@ -178,13 +180,10 @@ def test_trouble_is_one_line_and_status_1(running: RunningService, tmp_path: Pat
     elsewhere = {"database_url": "postgresql://me:secret@db/clasp"}
     for arguments, settings, words in (
         (["backup", clutter], {}, "folder of its own"),
-        (["backup", data_dir / "copy"], {}, "apart"),
-        (["backup", file], {}, "File exists"),
         (["backup", place], elsewhere, "pg_dump"),
         (["restore", place, "--data-dir", tmp_path / "new"], {}, damaged.name),
         (["restore", place, "--verify-only"], {}, damaged.name),
         (["restore", place, "--data-dir", file], {}, "File exists"),
-        (["restore", place, "--data-dir", tmp_path / "new"], elsewhere, "pg_restore"),
     ):
         done = clasp(*arguments, cwd=tmp_path, **{"data_dir": data_dir, **settings})
         assert (done.returncode, done.stdout) == (1, ""), (arguments, done.stderr)
