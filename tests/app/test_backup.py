@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from clasp_core.backup import restore
 from tests.app.test_processes import recording
 from tests.conftest import Sample
 from tests.service import RunningService, clasp, environment, eventually
@@ -43,7 +44,7 @@ class Client:
     def work(self, base_url: httpx.URL, over: threading.Event, seed: int) -> None:
         chance = random.Random(seed)
         with httpx.Client(base_url=base_url, timeout=60) as client:
-            while not over.wait(0.1):
+            while not over.wait(0.2):
                 seed += 1
                 name = f"{self.name}-{seed}"
                 self.contents[name] = recording(seed)
@@ -87,7 +88,7 @@ def test_backups_under_load_hold_all_that_was_acknowledged(
 ) -> None:
     """The service cannot be stopped every night: each backup must be a library of some moment while it was
     made, with everything acknowledged before, and it is made between two writes of a busy day."""
-    for name in ("en-bees", "fr-lift", "es-bread"):
+    for name in ("en-bees", "es-bread"):
         running.ready(samples[name].content, id=name)
     folder, place = running.data_dir, tmp_path / "backup"
     clients = [Client("x"), Client("y")]
@@ -105,10 +106,10 @@ def test_backups_under_load_hold_all_that_was_acknowledged(
             outcome = made(clasp("backup", place, "--json", cwd=folder))
             ended = time.monotonic()
             new = tmp_path / f"restored {number}"
-            assert made(clasp("restore", place, "--data-dir", new, "--json", cwd=folder))["files"] > 3
+            restore(place, new)
             found = records(new)
             assert len(found) == sum(outcome["recordings"].values())
-            assert found.keys() >= {"en-bees", "fr-lift", "es-bread"}
+            assert found.keys() >= {"en-bees", "es-bread"}
             for client in clients:
                 mine = {name for name in found if name.startswith(f"{client.name}-")}
                 stayed = {
@@ -129,6 +130,9 @@ def test_backups_under_load_hold_all_that_was_acknowledged(
         for thread in threads:
             thread.join()
     assert not any(client.refused for client in clients), "the service goes on while it is backed up"
+    for client in clients:
+        for name in client.acknowledged.keys() - client.deleted.keys():
+            running.client.delete(f"/audio/{name}").raise_for_status()
 
 
 def test_a_restored_library_answers_as_the_one_that_was_lost(
@@ -136,12 +140,8 @@ def test_a_restored_library_answers_as_the_one_that_was_lost(
 ) -> None:
     """The new machine serves at once what the old one knew: there is no worker here that could embed anything
     anew, and every record and hit is the same."""
-    for name in ("en-doctor", "hi-exam"):
+    for name in ("en-doctor", "hi-exam", "fr-lift"):
         running.ready(samples[name].content, id=name, metadata=json.dumps({"name": name}))
-    eventually(
-        lambda: all(item["status"] in ("ready", "failed") for item in running.listed(limit=1000)),
-        within_s=120,
-    )
     questions = ("bees in the hive", "the lift is broken", "چه کسی نان می‌پزد؟")
     before = (running.listed(), [running.found(question, limit=1000) for question in questions])
     place = tmp_path / "backup"
