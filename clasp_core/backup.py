@@ -25,12 +25,13 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog, Recording, StoredModel
 from clasp_core.durability import place, sync_folder, write_whole
+from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import BackupFailed, InvalidBackup
 from clasp_core.library import AUDIO_FOLDER, CATALOG_FILE
 from clasp_core.store import AudioStore, Upload, stored_as
@@ -293,10 +294,8 @@ def _keep(store: AudioStore, kept: AudioStore, file: File, recording_id: str, li
 
 
 def _place_catalog(made: Path, destination: Path) -> File:
-    with made.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256, size = sha256_of(made), made.stat().st_size
     name = _catalog_name(sha256)
-    size = made.stat().st_size
     place(made, destination / name)
     return File(name, sha256, size)
 
@@ -365,18 +364,30 @@ def _require_empty(data_dir: Path, allowed: set[str]) -> None:
 
 def _copy(source: Path, copy: Upload) -> None:
     with source.open("rb") as file:
-        while data := file.read(_CHUNK_BYTES):
+        while data := _read(file):
             copy.write(data)
     copy.seal()
+
+
+def _read(file: BinaryIO) -> bytes:
+    """The next bytes. An OSError names the file, unlike one of writing, or of reading otherwise."""
+    try:
+        return file.read(_CHUNK_BYTES)
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 def _problem(folder: Path, file: File) -> str | None:
     """What is wrong with a file of a backup, in words."""
     try:
         with (folder / file.path).open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size == file.bytes and hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
-                return None
+            size, content = 0, hashlib.sha256()
+            while data := _read(opened):
+                size += len(data)
+                content.update(data)
+        if (size, content.hexdigest()) == (file.bytes, file.sha256):
+            return None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return f"{file.path} is missing"
     return f"{file.path} is damaged"

@@ -396,6 +396,25 @@ def test_a_damaged_backup_is_refused_by_name(library: Library, data_dir: Path, p
         verify(place)
 
 
+def test_a_file_that_cannot_be_read_is_named(library: Library, data_dir: Path, place: Path) -> None:
+    """A dying disk says only "input/output error", and the answer is to know which file it was."""
+    backup(data_dir, place)
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("no file here fails to be read")
+    for path in files_of(place):
+        content = path.read_bytes()
+        path.unlink()
+        path.symlink_to(unreadable)
+        for use in (lambda: verify(place), lambda: restore(place, data_dir.with_name("new"))):
+            with pytest.raises(BackupFailed, match=f"Input/output error: {path}"):
+                use()
+        path.unlink()
+        path.write_bytes(content)
+    assert not data_dir.with_name("new").exists()
+    verify(place)
+
+
 def test_no_bit_of_the_manifest_may_change(library: Library, data_dir: Path, place: Path) -> None:
     """It decides what is believed, so it must not be believed itself."""
     backup(data_dir, place)
