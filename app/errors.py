@@ -26,6 +26,7 @@ STATUS_OF: dict[str, int] = {
     "invalid_language": 422,
     "invalid_field": 422,
     "invalid_manifest": 422,
+    "invalid_backup": 422,
     "invalid_audio": 422,
     "undecodable_audio": 415,
     "empty_audio": 422,
@@ -44,6 +45,7 @@ STATUS_OF: dict[str, int] = {
     "data_mismatch": 503,
     "index_unavailable": 503,
     "voice_unavailable": 503,
+    "backup_failed": 500,
     "processing_failed": 500,
     "not_ready": 503,
     # --- raised by this layer

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -238,11 +238,16 @@ _RECORDING_COLUMNS = [_recordings.c[field] for field in Recording.__dataclass_fi
 class Catalog:
     """Thread-safe, and safe to open from several processes at once."""
 
-    def __init__(self, url: str) -> None:
-        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it."""
+    def __init__(self, url: str | sa.URL, *, upgrade: bool = True) -> None:
+        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it.
+
+        Without `upgrade` it is left as it is, for `copy_to` and `has_content` only: an older service may
+        be at work in it.
+        """
         self._engine = _create_engine(url)
         self._jobs = _Jobs(_recordings, _recordings.c.key, sa.true())
-        _migrate(url)
+        if upgrade:
+            _migrate(url)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -331,6 +336,11 @@ class Catalog:
                 used = sa.select(_recordings.c.sha256).where(_recordings.c.sha256.in_(some))
                 for sha256 in set(some) - set(db.execute(used).scalars()):
                     remove(sha256)
+
+    def has_content(self, sha256: str) -> bool:
+        """Whether some recording has these bytes."""
+        with self._read() as db:
+            return _exists(db, _recordings.c.sha256 == sha256)
 
     def counts(self) -> dict[str, int]:
         """Recordings by status; statuses without any are absent."""
@@ -423,6 +433,12 @@ class Catalog:
         """Give back what `owner` has leased; without counting an attempt, unless it `died` at work."""
         with self._write() as db:
             self._jobs.release(db, owner, died)
+
+    def forget_leases(self) -> None:
+        """Give back what anybody has leased, for whatever model: in a copy, where nobody is at work."""
+        with self._write() as db:
+            self._jobs.release(db, None, died=False)
+            _Jobs(_reindexing, _reindexing.c.recording, sa.true()).release(db, None, died=False)
 
     def complete(
         self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
@@ -519,6 +535,17 @@ class Catalog:
             query = query.where(_member(name, value, self._engine.dialect.name))
         with self._read() as db:
             return np.sort(np.array(db.execute(query).scalars().all(), np.int64))
+
+    # --- copies
+
+    def copy_to(self, path: Path) -> None:
+        """Write what is committed at this moment to a new file, while others go on reading and writing.
+
+        SQLite only. Nothing of what was deleted is in it, as there may be in the pages of a file that
+        are free. It is not on disk yet when this returns.
+        """
+        with closing(self._engine.raw_connection()) as db:
+            db.cursor().execute("VACUUM INTO ?", (str(path),))
 
     # --- inside
 
@@ -761,7 +788,7 @@ class _Jobs:
     def extend(self, db: sa.Connection, owner: str, lease_s: Seconds) -> None:
         db.execute(sa.update(self._table).where(self._held(owner)).values(lease_until=time.time() + lease_s))
 
-    def release(self, db: sa.Connection, owner: str, died: bool) -> None:
+    def release(self, db: sa.Connection, owner: str | None, died: bool) -> None:
         db.execute(
             sa.update(self._table)
             .where(self._held(owner))
@@ -783,9 +810,11 @@ class _Jobs:
         )
         return done.rowcount == 1
 
-    def _held(self, owner: str) -> sa.ColumnElement[bool]:
+    def _held(self, owner: str | None) -> sa.ColumnElement[bool]:
+        """What is leased by `owner`, or by anybody."""
         job = self._table.c
-        return self.scope & (job.lease_owner == owner) & (job.status == "processing")
+        theirs = job.lease_owner.is_not(None) if owner is None else job.lease_owner == owner
+        return self.scope & theirs & (job.status == "processing")
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -925,7 +954,7 @@ _WRITERS = 0x636C617370
 """PostgreSQL's name of the lock that every writing transaction holds: "clasp"."""
 
 
-def _create_engine(url: str, *, migrating: bool = False) -> sa.Engine:
+def _create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
     """`migrating` leaves SQLite's foreign keys unheeded, which can only be said outside of a transaction: to
     change a table there is to make another in its place, and to drop one deletes all that points at it."""
     engine = sa.create_engine(url)
@@ -960,7 +989,7 @@ _migrating = threading.Lock()
 """Alembic keeps what it is migrating in module globals."""
 
 
-def _migrate(url: str) -> None:
+def _migrate(url: str | sa.URL) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     engine = _create_engine(url, migrating=True)

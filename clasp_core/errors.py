@@ -6,6 +6,7 @@
     │   ├── InvalidLanguage
     │   ├── InvalidField
     │   ├── InvalidManifest
+    │   ├── InvalidBackup
     │   └── InvalidAudio
     │       ├── UndecodableAudio
     │       ├── EmptyAudio
@@ -24,6 +25,7 @@
     ├── DataMismatch
     ├── IndexUnavailable
     ├── VoiceUnavailable
+    ├── BackupFailed
     ├── ProcessingFailed
     └── NotReady
 
@@ -72,6 +74,12 @@ class InvalidManifest(InvalidInput):
     """An evaluation or training manifest that cannot be read; names the line."""
 
     code = "invalid_manifest"
+
+
+class InvalidBackup(InvalidInput):
+    """A folder that is not a backup, or one of which files are missing or damaged; names them."""
+
+    code = "invalid_backup"
 
 
 class InvalidAudio(InvalidInput):
@@ -180,6 +188,12 @@ class VoiceUnavailable(ClaspError):
     """A synthesiser or a voice that is not on this machine; says what to install."""
 
     code = "voice_unavailable"
+
+
+class BackupFailed(ClaspError):
+    """A backup could not be made, or not be put back, where or as things are; earlier ones still stand."""
+
+    code = "backup_failed"
 
 
 class ProcessingFailed(ClaspError):

@@ -23,6 +23,8 @@ from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
 
+CATALOG_FILE = "catalog.sqlite3"
+AUDIO_FOLDER = "audio"
 CHANGES_AT_ONCE = 500
 MAX_HITS = 1000
 EVERYTHING = Filter()
@@ -72,7 +74,7 @@ class Library:
         """
         self.catalog = open_catalog(data_dir, database_url)
         self.model = model
-        self.store = AudioStore(data_dir / "audio")
+        self.store = AudioStore(data_dir / AUDIO_FOLDER)
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
@@ -240,7 +242,7 @@ class Library:
 def open_catalog(data_dir: Path, database_url: str | None = None) -> Catalog:
     """The catalogue of the library in a data directory, which is created. Raises as Catalog does."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    return Catalog(database_url or f"sqlite:///{data_dir / 'catalog.sqlite3'}")
+    return Catalog(database_url or f"sqlite:///{data_dir / CATALOG_FILE}")
 
 
 def _ways_out(active: StoredModel, wanted: StoredModel) -> str:

@@ -101,4 +101,9 @@ class AudioStore:
                     path.unlink()
 
     def _path(self, sha256: str) -> Path:
-        return self._root / sha256[:2] / sha256[2:]
+        return self._root / stored_as(sha256)
+
+
+def stored_as(sha256: str) -> str:
+    """The path of a stored file under the root of its store."""
+    return f"{sha256[:2]}/{sha256[2:]}"

@@ -138,8 +138,9 @@ def add(library: Library, recording_id: str, vectors: Embeddings, **fields: obje
 # --- processes
 
 
-def processes() -> ForkServerContext:
-    """Makes real processes, quickly: each is forked from one that has imported the library already."""
+def processes(*modules: str) -> ForkServerContext:
+    """Makes real processes, quickly: each is forked from one that has imported the library already, and
+    these modules, too, where it is the first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clasp_core.library"])
+    context.set_forkserver_preload(["clasp_core.library", *modules])
     return context
