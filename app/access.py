@@ -1,4 +1,4 @@
-"""Who asks, and what they may do: a key for every path but those of health, a scope for every call.
+"""Who asks, and what they may do: a key for every path but a few, a scope for every call.
 
 `Guard` asks for the key before anything else of a request is looked at, its body and whether there is
 such an address among it. Endpoints then say by `Reader`, `Writer` or `Admin` what they need.
@@ -18,7 +18,8 @@ from app.errors import HttpError, problem
 from clasp_core.access import Grant, Keys
 from clasp_core.library import check_name
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+"""What says nothing of anybody's recordings."""
 _AT_ONCE = 4
 
 

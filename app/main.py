@@ -21,8 +21,9 @@ DESCRIPTION = """Find what was said in recordings, in any language, without tran
 
 Upload recordings to `/audio`; ask `/search` in any language. Every path is also served under `/v1`.
 
-Where the service has API keys, every path but `/healthz` and `/readyz` needs one, and each call the scope
-that stands beside it; a key with the scope `admin` has all. Keys may be limited to some collections.
+Where the service has API keys, every path needs one but `/healthz`, `/readyz` and this description, and each
+call the scope that stands beside it; a key with the scope `admin` has all. Keys may be limited to some
+collections.
 """
 
 
