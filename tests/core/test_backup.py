@@ -522,8 +522,8 @@ def test_an_older_library_is_not_upgraded_by_its_backup_and_a_newer_one_refused(
     with closing(Library(data_dir, model=MODEL, dim=DIM)) as library:
         add(library, "a", random_vectors(1, 1))
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as db:
-        db.execute("UPDATE alembic_version SET version_num = '0002'")
-        db.execute("ALTER TABLE segments DROP COLUMN transcript")
+        db.execute("UPDATE alembic_version SET version_num = '0003'")
+        db.execute("DROP TABLE api_keys")
         db.commit()
     before = state(data_dir)
     backup(data_dir, place)
