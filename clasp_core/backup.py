@@ -13,7 +13,6 @@ stands: so a backup that is made anew costs only what is new, and one cut short 
 The vector index is not in it, being made from the catalogue at need.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +20,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any, BinaryIO
 import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog, Place, Recording, StoredModel
-from clasp_core.durability import place, sync_folder, write_whole
+from clasp_core.durability import locked, place, sync_folder, write_whole
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import BackupFailed, InvalidBackup
 from clasp_core.library import AUDIO_FOLDER, CATALOG_FILE
@@ -121,7 +120,7 @@ def backup(
     _require_apart(data_dir, destination)
     with _explained(f"The backup to {destination} was not made"):
         _claim(destination)
-        with _locked(destination / LOCK), _workplace(destination / UNFINISHED) as work:
+        with _alone(destination / LOCK), _workplace(destination / UNFINISHED) as work:
             return _backup(source, AudioStore(data_dir / AUDIO_FOLDER), destination, work, observe)
 
 
@@ -155,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify(folder: Path, *, observe: Observer = lambda done, total: None) -> Manifest:
     """Read a whole backup. Raises InvalidBackup naming the files that are missing or damaged."""
-    with _explained(f"{folder} was not verified"), _locked(folder / LOCK, to_read=True):
+    with _explained(f"{folder} was not verified"), _reading(folder / LOCK):
         manifest = read_manifest(folder)
         bad = []
         for done, file in enumerate(manifest.files, 1):
@@ -185,7 +184,7 @@ def restore(
     if catalog.resolve() != (data_dir / CATALOG_FILE).resolve():
         raise BackupFailed(f"Unset CLASP_DATABASE_URL: the catalogue is restored to {data_dir}.")
     _require_apart(data_dir, folder)
-    with _explained(f"{folder} was not restored to {data_dir}"), _locked(folder / LOCK, to_read=True):
+    with _explained(f"{folder} was not restored to {data_dir}"), _reading(folder / LOCK):
         manifest = read_manifest(folder)
         with _new_library(data_dir) as work:
             store = AudioStore(work / AUDIO_FOLDER)
@@ -318,6 +317,7 @@ def _claim(destination: Path) -> None:
     held = {path.name for path in destination.iterdir()} - {"lost+found"}
     if held and LOCK not in held:
         raise BackupFailed(f"{destination} holds something that is no backup. Give a folder of its own.")
+    (destination / LOCK).touch()
 
 
 # --- putting back
@@ -332,7 +332,7 @@ def _new_library(data_dir: Path) -> Iterator[Path]:
     is_new = not data_dir.exists()
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(data_dir):
+        with _alone(data_dir):
             cut_short = (data_dir / RESTORING).is_dir()
             _require_empty(data_dir, {RESTORING, AUDIO_FOLDER} if cut_short else set())
             if cut_short and (data_dir / AUDIO_FOLDER).exists():
@@ -436,29 +436,21 @@ def _require_apart(data_dir: Path, folder: Path) -> None:
         raise BackupFailed(f"The backup {folder} and the data directory {data_dir} must lie apart.")
 
 
-@contextmanager
-def _locked(path: Path, *, to_read: bool = False) -> Iterator[None]:
-    """Be the only one who holds this file or folder, or one of those who only read what it guards.
+def _alone(path: Path) -> AbstractContextManager[None]:
+    """Be the only one at work in a folder, which this file stands for, or itself. Raises BackupFailed."""
+    return locked(path, _at_work(path))
 
-    Raises BackupFailed where somebody else is at work there.
-    """
-    flags = os.O_RDONLY if to_read or path.is_dir() else os.O_RDWR | os.O_CREAT
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except (FileNotFoundError, NotADirectoryError):
-        if not to_read:
-            raise
-        yield  # a copy of a backup, made without this file: nobody else can be at work in it
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if to_read else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            where = path if path.is_dir() else path.parent
-            raise BackupFailed(f"Another backup or restore is at work in {where}.") from error
-        yield
-    finally:
-        os.close(descriptor)
+
+def _reading(lock: Path) -> AbstractContextManager[None]:
+    """Have nobody change a backup. Raises BackupFailed where somebody is at it."""
+    if not lock.is_file():  # a copy of a backup, made without this file: nobody else can be at work in it
+        return nullcontext()
+    return locked(lock, _at_work(lock), shared=True)
+
+
+def _at_work(path: Path) -> BackupFailed:
+    where = path if path.is_dir() else path.parent
+    return BackupFailed(f"Another backup or restore is at work in {where}.")
 
 
 @contextmanager

@@ -1,6 +1,9 @@
-"""What survives a power cut: files put in place whole, and folders that know of them."""
+"""What survives a power cut: files put in place whole, folders that know of them; and who may write there."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,5 +27,22 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, otherwise: Exception, *, shared: bool = False) -> Iterator[None]:
+    """Hold a file or a folder that exists: alone, or `shared` with others who only read what it stands for.
+
+    Raises `otherwise` at once where somebody else holds it. A process that has ended, however, holds nothing.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise otherwise from error
+        yield
     finally:
         os.close(descriptor)

@@ -13,10 +13,7 @@ Speaks the hub's file interface itself: its client library begins a file anew af
 reads the environment.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -29,7 +26,7 @@ from urllib.parse import quote
 import httpx
 
 from clasp_core.checkpoints import convert, readable, temporary_for
-from clasp_core.durability import place
+from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
 from clasp_core.systems import SYSTEMS
@@ -296,8 +293,9 @@ def fetch(
     if fixed := [part for part in revisions if isinstance(PUBLISHED[part], WebFile)]:
         raise ModelUnavailable(f"{', '.join(fixed)} has no revisions.")
     models_dir.mkdir(parents=True, exist_ok=True)
+    taken = ModelUnavailable(f"Another process is fetching weights into {models_dir}; wait for it.")
     with (
-        _alone_in(models_dir),
+        locked(models_dir, taken),
         httpx.Client(timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"}) as client,
     ):
         fetching = _Fetching(models_dir, (endpoint or HUB).rstrip("/"), client, progress)
@@ -306,20 +304,6 @@ def fetch(
             for part in parts
             for file in fetching.part(part, PUBLISHED[part], revisions.get(part, PUBLISHED[part].revision))
         ]
-
-
-@contextlib.contextmanager
-def _alone_in(models_dir: Path) -> Iterator[None]:
-    descriptor = os.open(models_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ModelUnavailable(
-            f"Another process is fetching weights into {models_dir}; wait for it."
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 class _Records:

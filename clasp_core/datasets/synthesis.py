@@ -11,7 +11,6 @@ from the journal. `manifest.jsonl` and `README.md` come last.
 """
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -34,7 +33,7 @@ from clasp_core import confinement
 from clasp_core.datasets.augmentation import Recipe
 from clasp_core.datasets.figures import card, describe, most_common, tokens
 from clasp_core.datasets.voices import Voice, open_voice
-from clasp_core.durability import place, write_whole
+from clasp_core.durability import locked, place, write_whole
 from clasp_core.errors import DataMismatch, InvalidField, InvalidManifest, ProcessingFailed, SilentAudio
 from clasp_core.language import canonical_tag, match_key, primary_language
 from clasp_core.manifest import ManifestItem, write_manifest
@@ -386,7 +385,8 @@ def build(
     _claim(folder, texts, replace(recording, voices=tuple(names)))
     del voices  # some hold a model each
     wanted = chosen[:sentences]
-    with _alone(folder):
+    taken = DataMismatch(f"Another process is building in {folder}; wait for it to end.")
+    with locked(folder / "build.json", taken):  # two would write one journal
         journal = _Journal(folder / "journal.jsonl", tasks)
         before = len(journal.done)
         missing = sum(sentence.id not in journal.done for sentence in wanted)
@@ -430,17 +430,6 @@ def _claim(folder: Path, texts: Sequence[Sentence], recording: Recording) -> Non
     if any(folder.iterdir()):
         raise DataMismatch(f"{folder} is not empty, and what is there is no set begun here. Choose another.")
     write_whole(stated, json.dumps(ours, indent=1, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While this process is the only one that builds in the folder; two would write one journal."""
-    with (folder / "build.json").open("rb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataMismatch(f"Another process is building in {folder}; wait for it to end.") from error
-        yield
 
 
 class _Journal:

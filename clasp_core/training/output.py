@@ -1,6 +1,5 @@
 """What a training leaves: a model folder that is served as it is, and the way of a run to it."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clasp_core.durability import place, sync_folder, write_whole
+from clasp_core.durability import locked, place, sync_folder, write_whole
 from clasp_core.errors import ProcessingFailed
 from clasp_core.training.config import described, digest
 
@@ -24,11 +23,8 @@ def run_folder(cache: Path, *identity: object) -> Iterator[Path]:
     """
     folder = cache / "runs" / digest(*identity)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ProcessingFailed(f"Another process is at this very training, in {folder}.") from error
+    taken = ProcessingFailed(f"Another process is at this very training, in {folder}.")
+    with locked(folder, taken):
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
