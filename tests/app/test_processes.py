@@ -160,13 +160,17 @@ class Ledger:
         chance = random.Random(number)
         seeds = iter(range(number * 100_000, (number + 1) * 100_000))
         pending: bytes | None = None
+        doomed: str | None = None
         recent: list[str] = []
         with httpx.Client(base_url=base_url, timeout=30) as client:
             while not self.over.is_set():
                 try:
                     enough = len(self.kept) - len(self.deleted) > self.enough
-                    if recent and (enough or chance.random() < 0.25):
-                        self._delete(client, recent.pop(chance.randrange(len(recent))))
+                    if doomed is None and recent and (enough or chance.random() < 0.25):
+                        doomed = recent.pop(chance.randrange(len(recent)))
+                    if doomed is not None:
+                        self._delete(client, doomed)
+                        doomed = None
                         continue
                     pending = pending or encode(speech(0.5, seed=next(seeds)), 8_000)
                     answer = client.post("/audio", files={"file": pending})
