@@ -6,7 +6,6 @@ store is made of its recording's key and its place in the recording, so no map b
 stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from readerwriterlock.rwlock import RWLockWrite
 
 from clasp_core.catalog import Changes
-from clasp_core.durability import place
+from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.types import Embeddings
 from clasp_core.vectors import FaissStore, Mask, StoreMaker
@@ -51,6 +50,10 @@ class Snapshot:
     model: str
     seq: int
     token: str
+
+
+class _Saving(Exception):
+    """Another process is saving a snapshot to the same folder."""
 
 
 class VectorIndex:
@@ -181,11 +184,8 @@ class VectorIndex:
         Does nothing while another process is saving to the same folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "saving").open("w") as guard:
-            try:
-                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+        (folder / "saving").touch()
+        with suppress(_Saving), locked(folder / "saving", _Saving()):
             temporary = folder / "saving.faiss"
             with self._lock.gen_rlock():
                 name = _file_name(*self.point)

@@ -14,16 +14,20 @@ from app.settings import Settings
 
 cli = typer.Typer()
 
+By = Annotated[str, typer.Option(help="Also inside each group of these fields, e.g. lang,source,length.")]
+Split = Annotated[str | None, typer.Option(help="Only items of this split.")]
+MacroMin = Annotated[
+    int, typer.Option(min=1, help="Groups of so many items and more enter the mean over groups.")
+]
+
 
 @cli.command(help="Retrieval figures of a model on a manifest of recordings with transcripts.")
 def evaluate(
     manifest: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     audio_root: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
     model: Annotated[str | None, typer.Option(help="Model name or folder; default CLASP_MODEL.")] = None,
-    by: Annotated[
-        str, typer.Option(help="Also inside each group of these fields, e.g. lang,source,length.")
-    ] = "",
-    split: Annotated[str | None, typer.Option(help="Only items of this split.")] = None,
+    by: By = "",
+    split: Split = None,
     protocol: Annotated[str, typer.Option(help="`clean`, or `paper` for the paper's own rules.")] = "clean",
     candidates: Annotated[
         int | None, typer.Option(min=1, help="Paper: rank among so many, drawn at random; default all.")
@@ -31,9 +35,7 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="Paper: cosine from which a pair is predicted, for macro_f1; 0.5.")
     ] = None,
-    macro_min: Annotated[
-        int, typer.Option(min=1, help="Groups of so many items and more enter the mean over groups.")
-    ] = 24,
+    macro_min: MacroMin = 24,
     hints: Annotated[
         bool, typer.Option(help="Tell a model that transcribes which language each recording is in.")
     ] = True,
@@ -122,7 +124,7 @@ def map_space(
     out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")],
     audio_root: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None,
     model: Annotated[str | None, typer.Option(help="Model name or folder; default CLASP_MODEL.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only items of this split.")] = None,
+    split: Split = None,
     colour: Annotated[str, typer.Option(help="`lang`, `source`, `speaker`, or any other field.")] = "lang",
     method: Annotated[str, typer.Option(help="`tsne`, `umap` or `pca`.")] = "tsne",
     limit: Annotated[int, typer.Option(min=4, help="So many items, drawn at random.")] = 1000,
@@ -175,13 +177,9 @@ def compare(
             " noise:babble:10), speed:0.8, reverb:0.6 (s), telephone, gain:-12 (dB), clip:0.05; joined by +."
         ),
     ] = "clean",
-    by: Annotated[
-        str, typer.Option(help="Also inside each group of these fields, e.g. lang,source,length.")
-    ] = "",
-    split: Annotated[str | None, typer.Option(help="Only items of this split.")] = None,
-    macro_min: Annotated[
-        int, typer.Option(min=1, help="Groups of so many items and more enter the mean over groups.")
-    ] = 24,
+    by: By = "",
+    split: Split = None,
+    macro_min: MacroMin = 24,
     hints: Annotated[
         bool, typer.Option(help="Tell what transcribes which language each recording is in.")
     ] = True,
