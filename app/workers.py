@@ -28,6 +28,8 @@ from clasp_core.types import Seconds
 
 _log = structlog.get_logger()
 
+PROGRAM = (sys.executable, "-m", "app.cli")
+"""Ourselves, as a command."""
 READY_LINE = b"ready\n"
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
@@ -162,8 +164,8 @@ class _Keeper:
             with self._lock:
                 if self._stopping.is_set():
                     return
-                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                    [sys.executable, "-m", "app.cli", "worker", "--supervised", "--owner", owner],
+                self._process = subprocess.Popen(  # noqa: S603 - our own program
+                    [*PROGRAM, "worker", "--supervised", "--owner", owner],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     env=os.environ | self._settings.as_environment(),

@@ -16,6 +16,7 @@ import httpx
 
 T = TypeVar("T")
 START_WITHIN_S = 120
+ROOT = Path(__file__).parent.parent
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -48,8 +49,10 @@ class RunningService:
     As a context manager it leaves no process behind, whatever happened.
     """
 
-    def __init__(self, data_dir: Path, **settings: object) -> None:
+    def __init__(self, data_dir: Path, *, program: str = "app.cli", **settings: object) -> None:
+        """`program` is the module that is `clasp`; `tests.stand_in` needs no model's weights or time."""
         self.data_dir = data_dir
+        self.program = program
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -73,8 +76,8 @@ class RunningService:
     def start(self, *, wait: bool = True) -> "RunningService":
         with (self.data_dir / "service.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "serve", "--port", str(self.port)],
-                env=environment(**self.settings),
+                [sys.executable, "-m", self.program, "serve", "--port", str(self.port)],
+                env=environment(**self.settings) | {"PYTHONPATH": str(ROOT)},
                 stderr=log,
                 cwd=self.data_dir,
             )

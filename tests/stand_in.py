@@ -1,0 +1,48 @@
+"""`clasp` with a model that costs microseconds and understands nothing, for tests of what surrounds models.
+
+    python -m tests.stand_in serve --port 8000
+
+Everything else is the real program: processes, catalogue, index, decoding. It starts in three seconds and embeds
+hundreds of recordings a second, so that thousands of uploads, or hundreds of kills, are minutes.
+A recording that is asked with as sound is its own best hit; a text finds all, in an order without meaning.
+"""
+
+import sys
+from pathlib import Path
+
+from app import opening, workers
+from clasp_core.models import Model, Part
+from tests.core.doubles import DIM, LetterTextEncoder, SpectralSpeechEncoder
+
+
+class StandIn:
+    """A `Model` of the encoders that tests use elsewhere."""
+
+    name = "stand-in"
+    dim = DIM
+    about = "a stand-in for tests"
+    fingerprint = "57a4d1457a4d1457"
+    calibration_file: Path | None = None
+
+    def text_encoder(self) -> LetterTextEncoder:
+        return LetterTextEncoder()
+
+    def speech_encoder(self) -> SpectralSpeechEncoder:
+        return SpectralSpeechEncoder()
+
+    def parts(self) -> list[Part]:
+        return []
+
+
+def open_stand_in(name: str, *, models_dir: Path | None = None, device: str = "cpu") -> Model:
+    return StandIn()
+
+
+if __name__ == "__main__":
+    opening.open_model = open_stand_in  # type: ignore[assignment]
+    opening.use_threads = lambda threads: None  # type: ignore[assignment]
+    workers.PROGRAM = (sys.executable, "-m", "tests.stand_in")
+
+    from app.cli import main
+
+    main()
