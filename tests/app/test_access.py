@@ -79,7 +79,7 @@ class Keyed:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     """One service with a key of each kind, made while it runs. Open until the first of them."""
-    with RunningService(tmp_path_factory.mktemp("keyed")) as running:
+    with RunningService(tmp_path_factory.mktemp("keyed"), program="tests.stand_in") as running:
         keyed = Keyed(running.start())
         assert running.client.get("/audio").status_code == 200
         for name, arguments in KEYS.items():
@@ -131,7 +131,7 @@ def test_a_revoked_key_is_worthless_at_once(keyed: Keyed) -> None:
 
 def test_a_library_without_a_valid_key_stays_closed(tmp_path: Path) -> None:
     """Whoever revokes the only key means to let nobody in, not everybody; over a restart, too."""
-    keyed = Keyed(RunningService(tmp_path, workers=0))
+    keyed = Keyed(RunningService(tmp_path, program="tests.stand_in", workers=0))
     keyed.create("only", "--scope", "admin")
     keyed.keys("revoke", "only")
     with keyed.service as service:

@@ -93,7 +93,7 @@ def test_a_wrong_value_is_pointed_at(service: RunningService) -> None:
 def test_a_bug_too_has_the_one_form(tmp_path: Path) -> None:
     """Even what nobody foresaw answers in our form, with the id under which the log explains it; the
     answer itself gives nothing away."""
-    with RunningService(tmp_path, workers=0) as service:
+    with RunningService(tmp_path, program="tests.stand_in", workers=0) as service:
         service.start()
         with sqlite3.connect(tmp_path / "index_data" / "catalog.sqlite3") as catalog:
             catalog.execute("DROP TABLE recordings")
@@ -161,7 +161,9 @@ def test_every_code_is_documented() -> None:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """A service that wants one of two keys."""
     with RunningService(
-        tmp_path_factory.mktemp("guarded"), api_keys=" first-secret, second-secret "
+        tmp_path_factory.mktemp("guarded"),
+        program="tests.stand_in",
+        api_keys=" first-secret, second-secret ",
     ) as running:
         yield running.start()
 
