@@ -47,8 +47,8 @@ def test_the_image_s_user_is_not_root() -> None:
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
 def test_a_composed_service_can_do_little(name: str) -> None:
-    """Somebody who breaks out of a decoder must find no capability, no way to root and nothing to write to; and
-    nobody a port that is open to other machines."""
+    """Somebody who breaks out of a decoder must find no capability, no way to root and nothing to write to;
+    and nobody a port that is open to other machines."""
     service = COMPOSE["services"][name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -72,7 +72,7 @@ for place in $(cut -d ' ' -f 5 /proc/self/mountinfo); do
 done
 exec "$@"
 """
-# The container has no capability. Here it is one, to read: the interpreter may lie in a home closed to others.
+# The container has no capability. Here it is one, to read: the interpreter may lie in somebody's closed home.
 READING = "-all,+dac_read_search"
 CONFINED = [
     *("unshare", "--mount", "sh", "-c", ALL_ELSE_READ_ONLY, "sh"),
@@ -83,7 +83,7 @@ CONFINED = [
 
 @pytest.fixture
 def writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All that `CONFINED` can write to: `index_data` and `tmp` in it stand for the container's /data and /tmp."""
+    """All that `CONFINED` can write to; `index_data` and `tmp` in it are the container's /data and /tmp."""
     if os.geteuid() != 0 or not (shutil.which("unshare") and shutil.which("setpriv")):
         pytest.skip("only root, with unshare and setpriv, can take a service's file system away")
     folder = tmp_path / "writable"
@@ -99,8 +99,8 @@ def writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_service_works_as_the_container_runs_it(writable: Path) -> None:
-    """No root, and nothing to write to but its data and /tmp: uploads and searches work all the same, and it did
-    not even try elsewhere."""
+    """No root, and nothing to write to but its data and /tmp: uploads and searches work all the same, and it
+    did not even try elsewhere."""
     for elsewhere in (ROOT / "app" / "x", Path("/var/tmp/x"), Path("/tmp/x"), writable.parent / "x"):
         assert subprocess.run([*CONFINED, "touch", elsewhere], capture_output=True).returncode != 0
     content = encode(tone(1.0, rate=48_000), 48_000, "m4a")
