@@ -131,7 +131,7 @@ class Fetcher:
         except (TimeoutError, httpcore.TimeoutException):
             raise HttpError("url_timeout", "The URL's host took too long.") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
-            _log.info("a URL could not be fetched", host=parsed.host, reason=str(error))
+            _log.info("a URL could not be fetched", host=parsed.raw_host.decode("ascii"), reason=str(error))
             raise HttpError(
                 "url_failed",
                 "The URL's host could not be reached, has no valid certificate, or broke off.",
@@ -189,7 +189,7 @@ class Fetcher:
 def _target(url: httpx.URL, response: httpcore.Response) -> httpx.URL:
     try:
         return url.join(_headers(response)["location"])
-    except (KeyError, httpx.InvalidURL):
+    except (KeyError, ValueError, httpx.InvalidURL):  # ValueError: the standard library joins the two
         raise _answered(response) from None
 
 

@@ -17,6 +17,8 @@ NAMES = {
     "files.test": [ADDRESS],
     "a.below.test": [ADDRESS],
     "unlisted.test": [ADDRESS],
+    "below.test": [ADDRESS],
+    "notbelow.test": [ADDRESS],
     "inside.test": ["10.1.2.3"],
     "mixed.test": ["93.184.215.14", "169.254.169.254"],
     "nowhere.test": [],

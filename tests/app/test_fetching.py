@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -85,6 +86,7 @@ def test_a_url_is_an_upload(fetching: RunningService, web: Web, collection: str)
         "files.test/honest.wav",
         "https://unlisted.test:{port}/honest.wav",
         "https://below.test:{port}/honest.wav",
+        "https://notbelow.test:{port}/honest.wav",
         "https://files.test:{port}@inside.test/",
         "https://user:pass@files.test:{port}/honest.wav",
         "https://files.test\\@localhost/",
@@ -146,6 +148,9 @@ def test_a_private_name_is_not_told_from_none(fetching: RunningService, web: Web
         ("/status/404", 502, "url_failed"),
         ("/status/500", 502, "url_failed"),
         ("/status/206", 502, "url_failed"),
+        ("/redirect?to=https://[::1", 502, "url_failed"),
+        ("/redirect?to=https://files.test:x/", 502, "url_failed"),
+        ("/status/302", 502, "url_failed"),
         ("/packed", 502, "url_failed"),
         ("/short", 502, "url_failed"),
         ("/unbounded", 502, "url_failed"),
@@ -327,8 +332,12 @@ def test_nothing_of_ours_is_sent(web: Web, monkeypatch: pytest.MonkeyPatch) -> N
     assert web.requests[-1].headers["accept-encoding"] == "identity"
 
 
-def test_the_certificate_must_be_the_host_s(web: Web) -> None:
-    """A checked address is no proof of who answers there."""
+def test_the_certificate_must_be_the_host_s(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checked address is no proof of who answers there; and no setting makes it one."""
+    web.authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     asked = len(web.requests)
     assert refusal(web, "/honest.wav", host="wrong.test") == "url_failed"
     assert refusal(web, "/honest.wav", tls=None) == "url_failed"
