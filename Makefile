@@ -1,21 +1,23 @@
 # Everything from a clean checkout; Python 3.11+ and make are all that is needed.
 #   make demo    index the bundled recordings and ask about them in several languages
 #   make serve   serve on 127.0.0.1:8000
-#   make test    the test suite            make check   format, lint, types, import rules, containers
+#   make test    the test suite            make check   format, lint, types, import rules, containers, keys
+#   make audit   known holes in the pinned versions (needs the internet)
 #   make bench   side-by-side measurements make golden  regenerate what tests pin
 # Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
 # whose default index serves CUDA builds (none is installed on a machine whose index serves CPU builds).
 
 PYTHON ?= python3
 VENV ?= .venv
+AUDIT_SERVICE ?= pypi
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check bench golden train clean
+.PHONY: help demo serve test test-slow check audit bench golden train clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -47,6 +49,17 @@ check: $(VENV)/dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/python -m tests.secrets_check
+
+# Known vulnerabilities of the pinned versions. Asks the Python Package Index or, with AUDIT_SERVICE=osv, osv.dev,
+# which is why it is no part of `make check`; fails where it gets no answer about a package, too.
+audit: $(VENV)/audit/bin/pip-audit
+	$< --requirement constraints.txt --no-deps --disable-pip --strict \
+		--vulnerability-service $(AUDIT_SERVICE) --progress-spinner off
+
+$(VENV)/audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.10,<3'
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench

@@ -75,13 +75,13 @@ _FORM_FIELDS = {
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _form(fields: dict[str, Any]) -> dict[str, Any]:
+def _form(fields: dict[str, Any], other: dict[str, Any] | None = None) -> dict[str, Any]:
     recording = {"file": {"type": "string", "format": "binary"}}
     form = {"type": "object", "required": ["file"], "properties": recording | fields}
     return {
         "requestBody": {
             "required": True,
-            "content": {"multipart/form-data": {"schema": form}, "audio/*": _BINARY},
+            "content": {"multipart/form-data": {"schema": form}, "audio/*": _BINARY} | (other or {}),
         }
     }
 
@@ -111,7 +111,7 @@ operations = APIRouter(responses=PROBLEM)
         201: {"description": "Searchable (only with `Prefer: wait=SECONDS`).", "model": RecordingBody},
         202: {"description": "Safe on disk, waiting to be embedded."},
     },
-    openapi_extra=_form(_FORM_FIELDS),
+    openapi_extra=_form(_FORM_FIELDS, {"application/json": {"schema": uploads.UrlBody.model_json_schema()}}),
     summary="Index a recording",
 )
 async def upload_recording(
@@ -127,7 +127,9 @@ async def upload_recording(
     wait_s = _preferred_wait(prefer)
     given = {"id": id, "lang": lang, "collection": collection, "metadata": metadata}
     library = service.library
-    async with uploads.receive(request, library.store, service.settings.max_upload_bytes) as received:
+    async with uploads.receive(
+        request, library.store, service.settings.max_upload_bytes, service.fetcher
+    ) as received:
         fields = {name: value for name, value in given.items() if value is not None} | received.fields
         recording, created = await run_in_threadpool(
             library.register,

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import structlog
 
 from app.answering import Answerer, Engine
+from app.fetching import Fetcher
 from app.opening import open_configured_library
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -39,6 +40,7 @@ class Service:
         """Opens and loads everything. Raises ClaspError where the service cannot run."""
         self.settings = settings
         self.metrics = Metrics()
+        self.fetcher = Fetcher(settings.url_hosts, settings.url_timeout_s)
         model, library = open_configured_library(settings)
         library.tidy()
         self.answerer = Answerer(Engine(model, library), self.metrics)

@@ -1,10 +1,13 @@
 """Every setting of the service, read once from the environment or a `.env` file. Nothing else reads them."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_URL_HOST = re.compile(r"(\*|(\*\.)?([a-z0-9-]+\.)*[a-z][a-z0-9-]*)(:[0-9]{1,5})?")
 
 
 class Settings(BaseSettings):
@@ -53,15 +56,28 @@ class Settings(BaseSettings):
     """Largest accepted upload."""
     max_duration_s: Annotated[float, Field(gt=0)] = 6 * 3600.0
     """Longest accepted recording, in seconds of decoded sound."""
+    url_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that recordings are fetched from by URL, comma-separated: `example.org`, `*.example.org` for
+    what is below it, `*` for any public host; `:PORT` behind it if not 443. Without any, none is fetched."""
+    url_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest that fetching one recording may take, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "url_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
+            return tuple(item.strip() for item in value.split(",") if item.strip())
         return value
+
+    @field_validator("url_hosts")
+    @classmethod
+    def _listed(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not _URL_HOST.fullmatch(host.lower()):
+                raise ValueError(f"{host!r} is no host name, such as example.org, *.example.org or *")
+        return tuple(host.lower() for host in hosts)
 
     @classmethod
     def described(cls) -> str:

@@ -50,6 +50,7 @@ def configure_logging(level: str) -> None:
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True  # it writes query strings, that is, questions
+    logging.getLogger("httpcore").setLevel("WARNING")  # it writes where a URL redirects, with what is signed
     logging.getLogger("alembic").setLevel("WARNING")
 
 

@@ -1,14 +1,19 @@
-"""Receiving recordings: a request's body, multipart or raw, streamed into the audio store under a limit.
+"""Receiving recordings: a request's body, multipart or raw, or what a URL in it answers, streamed into the
+audio store under a limit.
 
 The size is enforced as bytes arrive, before they are written; nothing is spooled elsewhere first, and
 no file name or path of the client's is used for anything.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import orjson
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -18,6 +23,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import HttpError
+from app.fetching import Fetcher
+from clasp_core.errors import InvalidField
 from clasp_core.store import AudioStore, Upload
 
 FILE_FIELDS = ("file", "audio")
@@ -54,6 +61,24 @@ class Received:
     media_type: str | None
 
 
+class UrlBody(BaseModel):
+    """A recording that is to be fetched, and what is said of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Annotated[
+        str,
+        Field(max_length=8192, description="https, of a host that the operator allows (`CLASP_URL_HOSTS`)."),
+    ]
+    id: Annotated[str | None, Field(description="The recording's id; by default a new UUID.")] = None
+    lang: Annotated[str | None, Field(description="BCP 47 tag of what is spoken.")] = None
+    collection: Annotated[
+        str | None,
+        Field(description="By default `default`; or the one that the key is for, if it is for one."),
+    ] = None
+    metadata: Annotated[dict[str, Any] | None, Field(description="Kept and returned as it is.")] = None
+
+
 class BodyLimit:
     """ASGI middleware: a body that is read whole before it is looked at must not be of any size.
 
@@ -82,11 +107,14 @@ class BodyLimit:
 
 
 @asynccontextmanager
-async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncIterator[Received]:
-    """Stream the body into the store; what the block does not place is removed when it ends.
+async def receive(
+    request: Request, store: AudioStore, max_bytes: int, fetcher: Fetcher | None = None
+) -> AsyncIterator[Received]:
+    """Stream the recording into the store; what the block does not place is removed when it ends. Without a
+    `fetcher`, a URL is no recording.
 
     Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`,
-    `malformed_request`, `upload_interrupted`.
+    `malformed_request`, `upload_interrupted`, and for a URL what `Fetcher.fetch` raises.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     declared_type = kind.decode("latin-1").lower()
@@ -95,10 +123,16 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
         raise _too_large(max_bytes)
     with store.receive() as upload:
         sink: _RawSink
+        source: AbstractAsyncContextManager[AsyncIterator[bytes]] = nullcontext(request.stream())
         if declared_type == "multipart/form-data":
             sink = _FormSink(options.get(b"boundary", b""))
         elif declared_type.startswith(("audio/", "video/")) or declared_type == "application/octet-stream":
             sink = _RawSink()
+        elif declared_type == "application/json" and fetcher is not None:
+            fetcher.require_on()
+            url, fields = await _url_body(request)
+            sink = _RawSink(fields)
+            source = _fetched(fetcher, url, request)
         else:
             raise HttpError(
                 "unsupported_media_type",
@@ -106,16 +140,15 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
                 " Content-Type: audio/*.",
             )
         try:
-            async for data in request.stream():
-                sink.feed(data)
-                if upload.size_bytes + len(sink.pending) > max_bytes:
-                    raise _too_large(max_bytes)
-                if len(sink.pending) >= _WRITE_BYTES:
-                    await run_in_threadpool(upload.write, sink.take())
+            async with source as pieces:
+                async for data in pieces:
+                    sink.feed(data)
+                    if upload.size_bytes + len(sink.pending) > max_bytes:
+                        raise _too_large(max_bytes)
+                    if len(sink.pending) >= _WRITE_BYTES:
+                        await run_in_threadpool(upload.write, sink.take())
         except ClientDisconnect:
-            raise HttpError(
-                "upload_interrupted", "The connection was closed before the upload ended."
-            ) from None
+            raise _interrupted() from None
         sink.end()
         await run_in_threadpool(_finish, upload, sink.take())
         if upload.size_bytes == 0:
@@ -123,9 +156,52 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
         yield Received(upload, sink.fields, _media_type(sink.head))
 
 
+async def _url_body(request: Request) -> tuple[str, dict[str, str]]:
+    """The URL, and the other fields as a form would have them."""
+    body = b""
+    try:
+        async for data in request.stream():
+            body += data
+            if len(body) > MAX_JSON_BYTES:
+                raise HttpError("upload_too_large", f"A JSON body may have at most {MAX_JSON_BYTES} bytes.")
+        fields = UrlBody.model_validate(orjson.loads(body))
+        given = {name: value for name, value in fields if value is not None}
+        if "metadata" in given:
+            given["metadata"] = orjson.dumps(given["metadata"]).decode()
+    except ClientDisconnect:
+        raise _interrupted() from None
+    except orjson.JSONDecodeError:
+        raise HttpError("malformed_request", "The body is not valid JSON.") from None
+    except orjson.JSONEncodeError:
+        raise InvalidField("metadata is nested too deeply.") from None
+    except ValidationError as error:
+        raise RequestValidationError(
+            [item | {"loc": ("body", *item["loc"])} for item in error.errors()]
+        ) from None
+    return given.pop("url"), given
+
+
+@asynccontextmanager
+async def _fetched(fetcher: Fetcher, url: str, request: Request) -> AsyncIterator[AsyncIterator[bytes]]:
+    """What the URL answers, for as long as somebody waits for it."""
+    async with fetcher.fetch(url) as pieces:
+
+        async def watched() -> AsyncIterator[bytes]:
+            async for data in pieces:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                yield data
+
+        yield watched()
+
+
 def _finish(upload: Upload, rest: bytes) -> None:
     upload.write(rest)
     upload.seal()
+
+
+def _interrupted() -> HttpError:
+    return HttpError("upload_interrupted", "The connection was closed before the upload ended.")
 
 
 def _too_large(max_bytes: int) -> HttpError:
@@ -140,9 +216,9 @@ def _media_type(head: bytes) -> str | None:
 class _RawSink:
     """A body that is the recording."""
 
-    def __init__(self) -> None:
+    def __init__(self, fields: dict[str, str] | None = None) -> None:
         self.pending = bytearray()
-        self.fields: dict[str, str] = {}
+        self.fields = fields or {}
         self.head = b""
 
     def feed(self, data: bytes) -> None:

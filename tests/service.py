@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -49,10 +49,14 @@ class RunningService:
     As a context manager it leaves no process behind, whatever happened.
     """
 
-    def __init__(self, data_dir: Path, *, program: str = "app.cli", **settings: object) -> None:
-        """`program` is the module that is `clasp`; `tests.stand_in` needs no model's weights or time."""
+    def __init__(
+        self, data_dir: Path, *, program: str = "app.cli", under: Sequence[str] = (), **settings: object
+    ) -> None:
+        """`program` is the module that is `clasp`; `tests.stand_in` needs no model's weights or time. `under`
+        is a command that becomes the one behind it, such as `setpriv`."""
         self.data_dir = data_dir
         self.program = program
+        self.under = under
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -76,7 +80,7 @@ class RunningService:
     def start(self, *, wait: bool = True) -> "RunningService":
         with (self.data_dir / "service.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.program, "serve", "--port", str(self.port)],
+                [*self.under, sys.executable, "-m", self.program, "serve", "--port", str(self.port)],
                 env=environment(**self.settings) | {"PYTHONPATH": str(ROOT)},
                 stderr=log,
                 cwd=self.data_dir,

@@ -25,6 +25,8 @@ ODD = {
     "allow_anonymous": True,
     "max_upload_bytes": 123,
     "max_duration_s": 0.5,
+    "url_hosts": ("example.org", "*.example.org:8443"),
+    "url_timeout_s": 1.5,
     "log_level": "debug",
 }
 
@@ -49,6 +51,7 @@ def test_defaults_are_the_contract_s() -> None:
     assert settings.vector_store == "faiss"
     assert settings.device == "auto"
     assert settings.api_keys == ()
+    assert settings.url_hosts == ()
     assert settings.database_url is None
 
 
@@ -96,6 +99,9 @@ def test_the_hub_s_own_setting_is_honoured(monkeypatch: pytest.MonkeyPatch) -> N
         ("workers", "-1"),
         ("max_upload_bytes", "0"),
         ("max_duration_s", "0"),
+        ("url_hosts", "https://example.org"),
+        ("url_hosts", "127.0.0.1"),
+        ("url_timeout_s", "0"),
         ("device", "tpu"),
         ("log_level", "loud"),
         ("vector_store", "redis"),
