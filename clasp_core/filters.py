@@ -188,8 +188,8 @@ def _quick(name: str, relation: Relation, value: Scalar, table: sa.Table) -> sa.
 
 
 def _in_postgresql(condition: Condition, table: sa.Table) -> sa.ColumnElement[bool]:
-    """By jsonb, whose numbers are exact, and whose null is not SQL's; texts not by the database's
-    collation."""
+    """By jsonb, whose null is not SQL's, and texts not by the database's collation. Its numbers are decimals
+    as they were written: beyond 2**53, those of an integer and of the same double may differ."""
     member = sa.func.jsonb_extract_path(sa.cast(table.c.metadata, JSONB), condition.name, type_=JSONB)
     value = json.loads(condition.value)
     if condition.relation == "exists":
