@@ -14,8 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clasp_core.catalog import MAX_ATTEMPTS, Catalog, EmbeddedSegment, NewRecording, Place, Recording
-from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, RecordingNotFound
+from clasp_core.catalog import (
+    MAX_ATTEMPTS,
+    ONCE_KEPT_S,
+    Catalog,
+    EmbeddedSegment,
+    NewRecording,
+    Once,
+    Place,
+    Recording,
+)
+from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, IdempotencyMismatch, RecordingNotFound
 from clasp_core.filters import Condition, Filter
 from tests.core.doubles import (
     DIM,
@@ -119,6 +128,38 @@ def test_a_tenant_s_ids_are_its_own(catalog: Catalog) -> None:
             lookup("call-1", within=frozenset())
     assert catalog.delete("call-1", within={"ours"}) == ours
     assert catalog.get("call-1") == theirs
+
+
+def test_what_is_to_be_done_once_is_remembered_for_a_day(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name and the recording are one transaction: a request that failed leaves no name, and one that
+    was done is known whoever asks, until its day is over and housekeeping has dropped it."""
+    new = NewRecording("one", "default", "bytes", 1, None, None, {})
+    once = Once("a name", "what it says")
+
+    def a_day_passes() -> None:
+        now = time.time() + ONCE_KEPT_S + 1
+        monkeypatch.setattr(time, "time", lambda: now)
+
+    def disk_full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        catalog.register(new, disk_full, once=once)
+    first = catalog.register(new, lambda: None, once=once)
+    assert first[1]
+    assert catalog.register(new, disk_full, once=once) == first, "the bytes are there already"
+    with pytest.raises(IdempotencyMismatch):
+        catalog.register(new, disk_full, once=Once("a name", "something else"))
+    catalog.forget_done()
+    assert catalog.register(new, disk_full, once=once) == first
+    a_day_passes()
+    assert catalog.register(new, lambda: None, once=Once("a name", "something else")) == (first[0], False)
+    assert catalog.register(new, lambda: None, once=Once("another", "")) == (first[0], False)
+    a_day_passes()
+    catalog.forget_done()
+    assert catalog.register(new, lambda: None, once=Once("another", "and another")) == (first[0], False)
 
 
 def test_bytes_that_cannot_be_stored_leave_no_recording(catalog: Catalog) -> None:
