@@ -2,17 +2,19 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
@@ -20,14 +22,19 @@ from app import schemas, uploads
 from app.access import Admin, Reader, Writer, destination, visible
 from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
+from app.preconditions import etag_of, is_among, operation_name, require
 from app.schemas import (
+    GROUP_BY,
     MAX_QUERY_CHARACTERS,
     MIN_SCORE,
+    DeletionAnswer,
+    DeletionBody,
     FilterBody,
     MinScore,
     QueryEcho,
     RecordingBody,
     RecordingPage,
+    RecordingPatch,
     SearchAnswer,
     SearchAnswers,
     SearchBody,
@@ -38,6 +45,7 @@ from app.service import Service
 from clasp_core.access import Grant
 from clasp_core.catalog import Recording
 from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
+from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
 from clasp_core.types import Seconds
@@ -62,6 +70,19 @@ Collection = Annotated[
 ]
 OptionalStatus = Annotated[Status | None, _EMPTY_IS_ABSENT]
 OptionalScore = Annotated[MinScore | None, Query(description=MIN_SCORE), _EMPTY_IS_ABSENT]
+
+GroupBy = Annotated[Grouping, Query(description=GROUP_BY)]
+IfMatch = Annotated[
+    list[str] | None,
+    Header(description="Only if the record's `ETag` is one of these; else 412 `precondition_failed`."),
+]
+IDEMPOTENCY_KEY = (
+    "A name for this upload: sent again within 24 hours, with the same recording and fields, it does nothing"
+    " and is answered the same, with the record as it is by then."
+)
+MERGE_PATCH_TYPES = ("application/merge-patch+json", "application/json")
+_ETAG = {"ETag": {"description": "Changes whenever the record does.", "schema": {"type": "string"}}}
+Body = TypeVar("Body", bound=BaseModel)
 
 _FORM_FIELDS = {
     "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
@@ -123,13 +144,17 @@ async def upload_recording(
     collection: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     metadata: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     prefer: Annotated[str | None, Header(description="`wait=SECONDS` (RFC 7240), at most 60.")] = None,
+    idempotency_key: Annotated[list[str] | None, Header(description=IDEMPOTENCY_KEY)] = None,
 ) -> Response:
     wait_s = _preferred_wait(prefer)
+    once = operation_name(grant.name, idempotency_key or [])
     given = {"id": id, "lang": lang, "collection": collection, "metadata": metadata}
     library = service.library
-    async with uploads.receive(
-        request, library.store, service.settings.max_upload_bytes, service.fetcher
-    ) as received:
+    max_bytes = service.settings.max_upload_bytes
+    async with (
+        service.in_flight.only(once),
+        uploads.receive(request, library.store, max_bytes, service.fetcher) as received,
+    ):
         fields = {name: value for name, value in given.items() if value is not None} | received.fields
         recording, created = await run_in_threadpool(
             library.register,
@@ -140,6 +165,7 @@ async def upload_recording(
             media_type=received.media_type,
             metadata=_metadata(fields.get("metadata")),
             within=grant.collections,
+            once=once,
         )
     headers = {"Location": f"/audio/{recording.id}"}
     if not created:
@@ -147,7 +173,8 @@ async def upload_recording(
     if wait_s is not None:
         headers["Preference-Applied"] = f"wait={wait_s:g}"
         recording = await _settled(service, recording, wait_s)
-    status = 201 if recording.status == "ready" else 202
+    # one that is ready already was uploaded before, by the same request: then the answer is the same, too
+    status = 201 if recording.status == "ready" and wait_s is not None else 202
     return _json(RecordingBody.of(recording), status, headers)
 
 
@@ -159,18 +186,89 @@ def list_recordings(
     status: OptionalStatus = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
     cursor: str | None = None,
+    filter: Annotated[
+        str | None,
+        Query(description="What `filter` of `POST /search` takes, as JSON; the same for every page."),
+        _EMPTY_IS_ABSENT,
+    ] = None,
 ) -> RecordingPage:
+    wanted = None if filter is None else _parsed(FilterBody, filter, "query", "filter")
+    within = visible(grant, collection)
     found, following = service.library.page(
-        status=status, cursor=cursor, limit=limit, within=visible(grant, collection)
+        status=status,
+        cursor=cursor,
+        limit=limit,
+        within=within,
+        wanted=None if wanted is None else schemas.filter_of(wanted, within),
     )
     return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)
 
 
-@api.get("/audio/{id}", summary="One recording")
+@api.post("/audio/delete", summary="Forget recordings by a filter")
+def delete_recordings(service: ServiceHere, grant: Writer, body: DeletionBody) -> DeletionAnswer:
+    library = service.library
+    wanted = schemas.filter_of(body.filter, visible(grant, body.collection))
+    matched = library.catalog.count(wanted, status=body.status)
+    if body.dry_run:
+        return DeletionAnswer(matched=matched, deleted=0, more=matched > 0)
+    deleted = library.delete_matching(wanted, status=body.status, limit=body.limit)
+    more = deleted == body.limit and library.catalog.count(wanted, status=body.status) > 0
+    return DeletionAnswer(matched=matched, deleted=deleted, more=more)
+
+
+@api.get(
+    "/audio/{id}",
+    response_model=RecordingBody,
+    responses={200: {"headers": _ETAG}, 304: {"description": "It is as `If-None-Match` says."}},
+    summary="One recording",
+)
 def get_recording(
-    service: ServiceHere, grant: Reader, id: str, collection: Collection = None
-) -> RecordingBody:
-    return RecordingBody.of(service.library.catalog.get(id, within=visible(grant, collection)))
+    service: ServiceHere,
+    grant: Reader,
+    id: str,
+    collection: Collection = None,
+    if_none_match: Annotated[list[str] | None, Header()] = None,
+) -> Response:
+    answer = _record(service.library.catalog.get(id, within=visible(grant, collection)))
+    if is_among(etag := answer.headers["ETag"], if_none_match or []):
+        return Response(status_code=304, headers={"ETag": etag})
+    return answer
+
+
+@api.patch(
+    "/audio/{id}",
+    response_model=RecordingBody,
+    responses={200: {"description": "The record as it is now.", "headers": _ETAG}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {kind: {"schema": RecordingPatch.model_json_schema()} for kind in MERGE_PATCH_TYPES},
+        }
+    },
+    summary="Change a recording's lang and metadata (JSON merge patch)",
+)
+async def patch_recording(
+    request: Request,
+    service: ServiceHere,
+    grant: Writer,
+    id: str,
+    collection: Collection = None,
+    if_match: IfMatch = None,
+) -> Response:
+    within = visible(grant, collection)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in MERGE_PATCH_TYPES:
+        raise HttpError("unsupported_media_type", f"Send the change as {' or '.join(MERGE_PATCH_TYPES)}.")
+    patch = _parsed(RecordingPatch, await request.body(), "body")
+    if _is_deeper(patch.metadata, MAX_METADATA_DEPTH):  # before it is walked through
+        raise InvalidField(f"metadata is nested more than {MAX_METADATA_DEPTH} levels deep.")
+
+    def change(recording: Recording) -> tuple[str | None, dict[str, Any]]:
+        _check(recording, if_match)
+        lang, metadata = patch.apply(recording)
+        _bounded(metadata)
+        return lang, metadata
+
+    return _record(await run_in_threadpool(service.library.amend, id, change, within=within))
 
 
 @api.get(
@@ -189,12 +287,11 @@ def get_content(
     grant: Reader,
     id: str,
     collection: Collection = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[list[str] | None, Header()] = None,
 ) -> Response:
     recording = service.library.catalog.get(id, within=visible(grant, collection))
     etag = f'"{recording.sha256}"'
-    known = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
-    if known & {etag, "*"}:
+    if is_among(etag, if_none_match or []):
         return Response(status_code=304, headers={"ETag": etag})
     path = service.library.store.path(recording.sha256)
     try:
@@ -223,8 +320,16 @@ class _Content(FileResponse):
 
 
 @api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
-def delete_recording(service: ServiceHere, grant: Writer, id: str, collection: Collection = None) -> Response:
-    service.library.delete(id, within=visible(grant, collection))
+def delete_recording(
+    service: ServiceHere,
+    grant: Writer,
+    id: str,
+    collection: Collection = None,
+    if_match: IfMatch = None,
+) -> Response:
+    service.library.delete(
+        id, within=visible(grant, collection), check=lambda recording: _check(recording, if_match)
+    )
     return Response(status_code=204)
 
 
@@ -242,8 +347,11 @@ async def search(
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: OptionalText = None,
     min_score: OptionalScore = None,
+    group_by: GroupBy = "recording",
 ) -> SearchAnswer:
-    body = SearchBody(q=q, lang=lang, limit=limit, collection=collection, min_score=min_score)
+    body = SearchBody(
+        q=q, lang=lang, limit=limit, collection=collection, min_score=min_score, group_by=group_by
+    )
     return await _answer(service, grant, body)
 
 
@@ -270,11 +378,12 @@ async def search_by_recording(
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 10,
     collection: OptionalText = None,
     min_score: OptionalScore = None,
+    group_by: GroupBy = "recording",
 ) -> SearchAnswer:
     started = time.perf_counter()
     async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
         among = schemas.filter_of(FilterBody(), visible(grant, collection))
-        question = Question(limit, among, _number(min_score))
+        question = Question(limit, among, _number(min_score), group_by)
         lang = canonical_tag(received.fields.get("lang", lang) or None)
         answer = await _answer_to_recording(service, received.upload.path, lang, question, started)
     echo = QueryEcho(text=None, lang=lang, normalized=None)
@@ -297,9 +406,8 @@ async def _answer_to_recording(
 async def _answer(service: Service, grant: Grant, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
     lang, normalized = _normalized(body)
-    narrowed = body.filter.model_copy(update={"lang": canonical_tag(body.filter.lang)})
-    among = schemas.filter_of(narrowed, visible(grant, body.collection))
-    question = Question(body.limit, among, _number(body.min_score))
+    among = schemas.filter_of(body.filter, visible(grant, body.collection))
+    question = Question(body.limit, among, _number(body.min_score), body.group_by)
     answer = await service.answerer.ask(normalized, question)
     echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
     return SearchAnswer.of(echo, answer, time.perf_counter() - started, body.min_score)
@@ -343,8 +451,33 @@ def metrics(service: ServiceHere, _: Admin) -> Response:
 
 
 def _json(body: RecordingBody, status: int, headers: dict[str, str]) -> Response:
-    content = orjson.dumps(body.model_dump(mode="json", by_alias=True))
+    content = body.model_dump_json(by_alias=True)
     return Response(content, status, headers, media_type="application/json")
+
+
+def _record(recording: Recording) -> Response:
+    """The record as `GET` answers it, with the ETag of just that."""
+    answer = _json(RecordingBody.of(recording), 200, {})
+    answer.headers["ETag"] = etag_of(bytes(answer.body))
+    return answer
+
+
+def _check(recording: Recording, if_match: list[str] | None) -> None:
+    if if_match is not None:
+        require(_record(recording).headers["ETag"], if_match)
+
+
+def _parsed(model: type[Body], text: str | bytes, *place: str) -> Body:
+    """JSON as one of our bodies; errors are told as FastAPI tells its own, with their place in the
+    request."""
+    try:
+        return model.model_validate(orjson.loads(text))
+    except orjson.JSONDecodeError as error:
+        kind = "json_invalid" if place == ("body",) else "json_type"
+        raise RequestValidationError([{"type": kind, "loc": place, "msg": f"Not JSON: {error}"}]) from None
+    except ValidationError as error:
+        found = [dict(item) | {"loc": (*place, *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(found) from None
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -358,9 +491,16 @@ def _metadata(text: str | None) -> dict[str, Any]:
         raise InvalidField(f"metadata is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise InvalidField("metadata must be a JSON object.")
-    if _is_deeper(value, MAX_METADATA_DEPTH):
-        raise InvalidField(f"metadata is nested more than {MAX_METADATA_DEPTH} levels deep.")
+    _bounded(value)
     return value
+
+
+def _bounded(metadata: dict[str, Any]) -> None:
+    """Raises InvalidField for what is larger or deeper than metadata may be."""
+    if _is_deeper(metadata, MAX_METADATA_DEPTH):
+        raise InvalidField(f"metadata is nested more than {MAX_METADATA_DEPTH} levels deep.")
+    if len(json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode()) > MAX_METADATA_BYTES:
+        raise InvalidField(f"metadata is larger than {MAX_METADATA_BYTES} bytes.")
 
 
 def _is_deeper(value: object, levels: int) -> bool:

@@ -1,20 +1,40 @@
 """The shapes of requests and answers, as the API description shows them."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+    with_config,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from typing_extensions import TypedDict
 
 from app.answering import Answer
 from clasp_core.calibration import calibration_of
-from clasp_core.catalog import Filter, Recording
+from clasp_core.catalog import Recording
 from clasp_core.errors import NotCalibrated
+from clasp_core.filters import Bound, Condition, Filter
+from clasp_core.index import Grouping
+from clasp_core.language import canonical_tag
 from clasp_core.library import MAX_HITS
 
 Status = Literal["pending", "processing", "ready", "failed"]
 MAX_QUERY_CHARACTERS = 2000
 MAX_QUERIES = 100
+MAX_FILTER_VALUES = 1000
+MAX_DELETED = 10_000
+T = TypeVar("T")
 
 
 class RecordingError(BaseModel):
@@ -74,6 +94,39 @@ def links(recording: Recording) -> Links:
     return Links(self_=f"/audio/{recording.id}", content=f"/audio/{recording.id}/content")
 
 
+class RecordingPatch(BaseModel):
+    """A JSON merge patch (RFC 7396) of a record: `lang` and `metadata`, and nothing else, can be changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lang: Annotated[str | None, Field(description="BCP 47 tag of what is spoken, or null.")] = None
+    metadata: Annotated[
+        dict[str, Any] | None,
+        Field(description="Members to set, or, with null, to remove, at any depth; null removes all."),
+    ] = None
+
+    def apply(self, recording: Recording) -> tuple[str | None, dict[str, Any]]:
+        """The `lang` and `metadata` that the recording is to have."""
+        lang = self.lang if "lang" in self.model_fields_set else recording.lang
+        metadata = dict(recording.metadata)
+        if "metadata" in self.model_fields_set:
+            metadata = {} if self.metadata is None else _merged(metadata, self.metadata)
+        return lang, metadata
+
+
+def _merged(target: object, patch: Any) -> Any:  # noqa: ANN401 - any JSON
+    """MergePatch of RFC 7396, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = _merged(result.get(name), value)
+    return result
+
+
 class RecordingPage(BaseModel):
     items: list[RecordingBody]
     next_cursor: Annotated[str | None, Field(description="Give it as `cursor` for the next page.")]
@@ -83,19 +136,151 @@ _FilterText = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
 """A stated length also makes pydantic look at the characters, and refuse lone surrogates."""
 
 
+_FilterNumber = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_FilterValue = _FilterText | _FilterNumber | bool
+_FilterOrder = _FilterText | _FilterNumber
+
+
+def _some(operators: T) -> T:
+    if not operators:
+        raise PydanticCustomError("no_operator", "Give at least one operator")
+    return operators
+
+
+def _moment(given: object) -> object:
+    """A time with a zone as RFC 3339 writes it, as a time in UTC, in which records have theirs."""
+    if isinstance(given, str):
+        try:
+            when = datetime.fromisoformat(given)
+            if when.tzinfo is not None:
+                return when.astimezone(UTC)
+        except (ValueError, OverflowError):
+            pass
+    raise PydanticCustomError("no_time", "Give a time such as 2026-03-21T12:00:00Z, with its zone")
+
+
+_Moment = Annotated[
+    datetime, BeforeValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+_Length = Annotated[float, Field(allow_inf_nan=False)]
+
+_STRICT = with_config(ConfigDict(extra="forbid"))
+Operators = TypedDict(
+    "Operators",
+    {
+        "eq": _FilterValue | None,
+        "ne": _FilterValue | None,
+        "in": Annotated[list[_FilterValue | None], Field(min_length=1, max_length=MAX_FILTER_VALUES)],
+        "gt": _FilterOrder,
+        "gte": _FilterOrder,
+        "lt": _FilterOrder,
+        "lte": _FilterOrder,
+        "exists": Annotated[bool, Field(strict=True)],
+    },
+    total=False,
+)
+OneOf = TypedDict(
+    "OneOf", {"in": Annotated[list[_FilterText], Field(min_length=1, max_length=MAX_FILTER_VALUES)]}
+)
+_STRICT(Operators)
+_STRICT(OneOf)
+
+
+@_STRICT
+class Times(TypedDict, total=False):
+    gt: _Moment
+    gte: _Moment
+    lt: _Moment
+    lte: _Moment
+
+
+@_STRICT
+class Lengths(TypedDict, total=False):
+    gt: _Length
+    gte: _Length
+    lt: _Length
+    lte: _Length
+
+
+def _form(given: object) -> str:
+    """Of which member of a union the errors are to be told."""
+    return "operators" if isinstance(given, dict) else "value"
+
+
+_NameOrSeveral: TypeAlias = Annotated[
+    Annotated[_FilterText, Tag("value")] | Annotated[OneOf, Tag("operators")], Discriminator(_form)
+]
+_ValueOrOperators: TypeAlias = Annotated[
+    Annotated[_FilterValue, Tag("value")] | Annotated[Operators, AfterValidator(_some), Tag("operators")],
+    Discriminator(_form),
+]
+
+
 class FilterBody(BaseModel):
     """Only recordings for which everything given here is true."""
 
     model_config = ConfigDict(extra="forbid")
 
-    lang: str | None = None
+    id: Annotated[_NameOrSeveral | None, Field(description="An id, or `in` with several.")] = None
+    lang: Annotated[
+        _NameOrSeveral | None,
+        Field(
+            description="What is spoken, as the record says it: a tag, compared whole, or `in` with several."
+        ),
+    ] = None
+    created_at: Annotated[
+        Annotated[Times, AfterValidator(_some)] | None, Field(description="When it was uploaded.")
+    ] = None
+    duration_s: Annotated[
+        Annotated[Lengths, AfterValidator(_some)] | None,
+        Field(description="How long it is; only recordings that have been embedded have a length."),
+    ] = None
     metadata: Annotated[
-        dict[_FilterText, _FilterText | int | float | bool],
+        dict[_FilterText, _ValueOrOperators],
         Field(
             max_length=32,
-            description="Members of the recordings' metadata that must have exactly these values.",
+            description="Top-level members of the recordings' metadata: the exact value of each, or"
+            " operators, all of which hold. `ne` holds without the member, too. Kinds never mix: 1 is 1.0,"
+            ' but neither true nor "1"; texts compare by code point.',
         ),
     ] = {}
+
+
+class DeletionBody(BaseModel):
+    """Which recordings to forget: those of which everything given here is true."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    collection: str | None = None
+    status: Status | None = None
+    filter: FilterBody = FilterBody()
+    all: Annotated[
+        bool,
+        Field(
+            strict=True, description="Needed, and only allowed, where neither `filter` nor `status` narrows."
+        ),
+    ] = False
+    dry_run: Annotated[bool, Field(strict=True, description="Only count.")] = False
+    limit: Annotated[int, Field(ge=1, le=MAX_DELETED, description="How many to delete at most.")] = (
+        MAX_DELETED
+    )
+
+    @model_validator(mode="after")
+    def _is_meant(self) -> "DeletionBody":
+        if self.all != (self.filter == FilterBody() and self.status is None):
+            raise PydanticCustomError(
+                "not_meant",
+                "Give a filter or a status; or, to delete everything, `all` alone"
+                if not self.all
+                else "`all` is everything: give no filter and no status with it",
+            )
+        return self
+
+
+class DeletionAnswer(BaseModel):
+    matched: Annotated[int, Field(description="How many there were when the call began.")]
+    deleted: int
+    more: Annotated[bool, Field(description="Whether there are some still: call again.")]
 
 
 class _NumberOrAuto:
@@ -122,6 +307,9 @@ MIN_SCORE = (
 )
 
 
+GROUP_BY = "What a hit is, and what `limit` counts: a recording with its best segments, or one segment."
+
+
 class SearchBody(BaseModel):
     """One question."""
 
@@ -135,6 +323,7 @@ class SearchBody(BaseModel):
     limit: Annotated[int, Field(ge=1, le=MAX_HITS)] = 10
     collection: str | None = None
     min_score: Annotated[MinScore | None, Field(description=MIN_SCORE)] = None
+    group_by: Annotated[Grouping, Field(description=GROUP_BY)] = "recording"
     filter: FilterBody = FilterBody()
 
 
@@ -282,4 +471,34 @@ class ProblemBody(BaseModel):
 
 
 def filter_of(body: FilterBody, within: frozenset[str] | None) -> Filter:
-    return Filter(within=within, lang=body.lang, metadata=tuple(sorted(body.metadata.items())))
+    """Raises InvalidLanguage."""
+    langs = _several(body.lang)
+    bounds = [
+        Bound("created_at", order, when.replace(tzinfo=None)) for order, when in _orders(body.created_at)
+    ]
+    bounds += [Bound("duration_s", order, length) for order, length in _orders(body.duration_s)]
+    return Filter(
+        within=within,
+        ids=_several(body.id),
+        langs=None if langs is None else frozenset(filter(None, map(canonical_tag, langs))),
+        bounds=tuple(bounds),
+        metadata=tuple(
+            Condition.of(name, relation, value)
+            for name, wanted in sorted(body.metadata.items())
+            for relation, value in _conditions(wanted)
+        ),
+    )
+
+
+def _conditions(wanted: Any) -> Any:  # noqa: ANN401 - pydantic has looked at it
+    return wanted.items() if isinstance(wanted, dict) else [("eq", wanted)]
+
+
+def _several(given: str | OneOf | None) -> frozenset[str] | None:
+    if given is None:
+        return None
+    return frozenset({given} if isinstance(given, str) else given["in"])
+
+
+def _orders(given: Any) -> Any:  # noqa: ANN401 - one for times and for lengths
+    return () if given is None else given.items()

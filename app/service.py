@@ -9,6 +9,7 @@ import structlog
 from app.answering import Answerer, Engine
 from app.fetching import Fetcher
 from app.opening import open_configured_library
+from app.preconditions import InFlight
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.workers import Supervisor
@@ -41,6 +42,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.fetcher = Fetcher(settings.url_hosts, settings.url_timeout_s)
+        self.in_flight = InFlight()
         model, library = open_configured_library(settings)
         library.tidy()
         self.answerer = Answerer(Engine(model, library), self.metrics)
@@ -112,6 +114,7 @@ class Service:
                 if not library.is_current():
                     library.catalog.keep(library.model)
                 library.catalog.forget_retired()
+                library.catalog.forget_done()
                 library.save_index()
             except Exception as error:
                 _log.warning("no snapshot of the index; it will be rebuilt at need", error=str(error))

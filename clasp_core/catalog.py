@@ -27,9 +27,16 @@ import alembic.util
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
-from sqlalchemy.dialects.postgresql import JSONB
 
-from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, ProcessingFailed, RecordingNotFound
+from clasp_core.errors import (
+    AmbiguousId,
+    DataMismatch,
+    IdConflict,
+    IdempotencyMismatch,
+    ProcessingFailed,
+    RecordingNotFound,
+)
+from clasp_core.filters import SQL_FUNCTION, Filter, holds
 from clasp_core.types import Embeddings, Seconds
 
 T = TypeVar("T")
@@ -41,6 +48,8 @@ RETIRED_KEPT_S: Seconds = 600.0
 """How long a model's vectors outlive their use: services that have yet to follow a switch answer by them."""
 TOLERABLE = 10
 """Recordings that a switch may lose by trouble of ours: so many, or a tenth of all if that is more."""
+ONCE_KEPT_S: Seconds = 86_400.0
+"""How long a registration is remembered by the name its request had."""
 FOLLOW_WITHIN_S: Seconds = 10.0
 """How long arrivals wait after a switch, so that all services can follow before anything is ready that those
 which have not yet would miss."""
@@ -112,6 +121,17 @@ _reindexing = sa.Table(
     sa.Column("lease_owner", sa.Text),
     sa.Column("lease_until", sa.Float),
 )
+_once = sa.Table(
+    "once",
+    _tables,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("request", sa.Text),
+    sa.Column("recording", _key),
+    sa.Column("id", sa.Text),
+    sa.Column("created", sa.Boolean),
+    sa.Column("created_at", sa.DateTime),
+    sa.Column("kept_until", sa.Float),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +187,13 @@ class NewRecording:
     metadata: Mapping[str, Any]
 
 
+class Once(NamedTuple):
+    """A request that is to be done once, however often it is sent: its name, and a digest of what it says."""
+
+    name: str
+    request: str
+
+
 @dataclass(frozen=True, slots=True)
 class EmbeddedSegment:
     """A segment as it is stored: seconds from the start of its recording, its unit vector (dim,), and what
@@ -199,20 +226,6 @@ class Place(NamedTuple):
     created_at: datetime
     id: str
     collection: str
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which recordings to search: those of which everything given here is true; by default all.
-
-    `within` holds the collections that the asker may see; `lang` is a canonical tag, compared whole;
-    `metadata` pairs are top-level members and their values.
-    """
-
-    collection: str | None = None
-    within: frozenset[str] | None = None
-    lang: str | None = None
-    metadata: tuple[tuple[str, str | int | float | bool], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +268,12 @@ class Catalog:
     # --- recordings
 
     def register(
-        self, new: NewRecording, place: Callable[[], None], *, within: Set[str] | None = None
+        self,
+        new: NewRecording,
+        place: Callable[[], None],
+        *,
+        within: Set[str] | None = None,
+        once: Once | None = None,
     ) -> tuple[Recording, bool]:
         """Make a pending recording, or find the one of its collection that has these bytes already.
 
@@ -263,23 +281,71 @@ class Catalog:
         row exists, so no row is ever without its bytes and no sweep can take them between. A recording
         that failed with `processing_failed` is tried afresh when its bytes come again. Raises IdConflict
         where the id belongs to another recording that the caller may see.
+
+        Of the requests that are `once` the same, within ONCE_KEPT_S, only the first that succeeds does
+        anything; the others get what it got: its recording as it is now, or, if that was deleted since, a
+        `failed` one that says so, of which nothing was kept but its id and its time. IdempotencyMismatch
+        where a request of that name said something else.
         """
         with self._write() as db:
-            same = (_recordings.c.collection == new.collection) & (_recordings.c.sha256 == new.sha256)
-            if (found := _one(db, same)) is not None:
-                place()
-                if found.error_code == ProcessingFailed.code:
-                    self._set(db, found.key, status="pending", attempts=0, error_code=None, error_detail=None)
-                return self._by_key(db, found.key), False
-            if _exists(db, _named(new.id, within)):
-                raise IdConflict(f"The id {new.id!r} belongs to another recording.")
+            if once is not None and (before := self._done_before(db, once, new)) is not None:
+                return before
+            recording, created = self._register(db, new, place, within)
+            if once is not None:
+                _remember(db, once, recording, created)
+            return recording, created
+
+    def _register(
+        self, db: sa.Connection, new: NewRecording, place: Callable[[], None], within: Set[str] | None
+    ) -> tuple[Recording, bool]:
+        same = (_recordings.c.collection == new.collection) & (_recordings.c.sha256 == new.sha256)
+        if (found := _one(db, same)) is not None:
             place()
-            values = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__}
-            values["metadata"] = dict(new.metadata)
-            now = datetime.now(UTC).replace(tzinfo=None)
-            insert = sa.insert(_recordings).values(**values, status="pending", attempts=0, created_at=now)
-            row = db.execute(insert.returning(_recordings.c.key)).one()
-            return self._by_key(db, row.key), True
+            if found.error_code == ProcessingFailed.code:
+                self._set(db, found.key, status="pending", attempts=0, error_code=None, error_detail=None)
+            return self._by_key(db, found.key), False
+        if _exists(db, _named(new.id, within)):
+            raise IdConflict(f"The id {new.id!r} belongs to another recording.")
+        place()
+        values = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__}
+        values["metadata"] = dict(new.metadata)
+        now = datetime.now(UTC).replace(tzinfo=None)
+        insert = sa.insert(_recordings).values(**values, status="pending", attempts=0, created_at=now)
+        row = db.execute(insert.returning(_recordings.c.key)).one()
+        return self._by_key(db, row.key), True
+
+    def _done_before(self, db: sa.Connection, once: Once, new: NewRecording) -> tuple[Recording, bool] | None:
+        row = db.execute(sa.select(_once).where(_once.c.name == once.name)).one_or_none()
+        if row is None or row.kept_until < time.time():
+            return None
+        if row.request != once.request:
+            raise IdempotencyMismatch("The key was used for another request: other bytes, or other fields.")
+        found = _one(db, _recordings.c.key == row.recording)
+        if found is None:
+            said = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__} | {
+                "id": row.id
+            }
+            found = Recording(
+                **said,
+                key=row.recording,
+                created_at=row.created_at,
+                status="failed",
+                duration_s=None,
+                segments=None,
+                model=None,
+                error_code=RecordingNotFound.code,
+                error_detail="The recording was deleted since.",
+                attempts=0,
+            )
+        return found, row.created
+
+    def forget_done(self) -> None:
+        """Drop what was remembered of requests that were to be done once, where its time is over."""
+        with self._read() as db:
+            if not _exists(db, _once.c.kept_until < time.time()):
+                return
+        with self._write() as db:
+            db.execute(sa.delete(_once).where(_once.c.kept_until < time.time()))
 
     def get(self, recording_id: str, *, within: Set[str] | None = None) -> Recording:
         """Raises RecordingNotFound, and AmbiguousId where several collections have such a one."""
@@ -304,10 +370,13 @@ class Catalog:
         before: Place | None,
         limit: int,
         within: Set[str] | None = None,
+        wanted: Filter | None = None,
     ) -> list[Recording]:
-        """Up to `limit` recordings, newest first, of those that stand behind `before`."""
+        """Up to `limit` recordings, newest first, of those `wanted` that stand behind `before`."""
         place = [_recordings.c[field] for field in Place._fields]
         query = sa.select(*_RECORDING_COLUMNS).where(_inside(within)).limit(limit)
+        if wanted is not None:
+            query = query.where(self._meant(wanted, None))
         query = query.order_by(*(column.desc() for column in place))
         if collection is not None:
             query = query.where(_recordings.c.collection == collection)
@@ -319,15 +388,61 @@ class Catalog:
         with self._read() as db:
             return [_recording(row) for row in db.execute(query)]
 
-    def delete(self, recording_id: str, *, within: Set[str] | None = None) -> Recording:
-        """Remove a recording with its segments. Raises as `get` does."""
+    def amend(
+        self,
+        recording_id: str,
+        change: Callable[[Recording], tuple[str | None, Mapping[str, Any]]],
+        *,
+        within: Set[str] | None = None,
+    ) -> Recording:
+        """Give a recording the `lang` and `metadata` that `change` makes of what it is; nobody writes
+        meanwhile.
+
+        What `change` raises leaves all as it was. Its vectors, its status and its place in lists stay.
+        Raises as `get` does.
+        """
         with self._write() as db:
             found = _only(db, recording_id, within)
-            db.execute(sa.delete(_segments).where(_segments.c.recording == found.key))
-            db.execute(sa.delete(_reindexing).where(_reindexing.c.recording == found.key))
-            db.execute(sa.delete(_recordings).where(_recordings.c.key == found.key))
-            _note_change(db, [found.key])
+            lang, metadata = change(found)
+            self._set(db, found.key, lang=lang, metadata=dict(metadata))
+            return self._by_key(db, found.key)
+
+    def delete(
+        self,
+        recording_id: str,
+        *,
+        within: Set[str] | None = None,
+        check: Callable[[Recording], None] | None = None,
+    ) -> Recording:
+        """Remove a recording with its segments, unless `check` raises. Raises as `get` does."""
+        with self._write() as db:
+            found = _only(db, recording_id, within)
+            if check is not None:
+                check(found)
+            _delete(db, [found.key])
         return found
+
+    def delete_some(
+        self, wanted: Filter, *, status: str | None, after: int, limit: int
+    ) -> tuple[int, list[str]]:
+        """Remove the first `limit` recordings with a key above `after` that pass a filter and have that
+        status.
+
+        All of them or, if it fails, none. Returns the last one's key (`after` if there was none) and the
+        sha256s.
+        """
+        query = sa.select(_recordings.c.key, _recordings.c.sha256).order_by(_recordings.c.key).limit(limit)
+        query = query.where((_recordings.c.key > after) & self._meant(wanted, status))
+        with self._write() as db:
+            rows = db.execute(query).all()
+            _delete(db, [row.key for row in rows])
+        return (rows[-1].key if rows else after), [row.sha256 for row in rows]
+
+    def count(self, wanted: Filter, *, status: str | None) -> int:
+        """How many recordings pass a filter and have that status, or any."""
+        with self._read() as db:
+            query = sa.select(sa.func.count()).select_from(_recordings).where(self._meant(wanted, status))
+            return int(db.execute(query).scalar_one())
 
     def sweep(self, sha256s: Sequence[str], remove: Callable[[str], None]) -> None:
         """Call `remove` for each content that no recording has, while nobody can register it."""
@@ -522,17 +637,10 @@ class Catalog:
             rows = db.execute(sa.select(*columns).where(named & (_segments.c.model == model)))
             return {(row.recording, row.ordinal): Span(*row[2:]) for row in rows}
 
-    def matching(self, wanted: "Filter") -> NDArray[np.int64]:
+    def matching(self, wanted: Filter) -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
         # sorted here: asked for them in order, SQLite walks all that is ready rather than a few collections
-        ready = _recordings.c.status == "ready"
-        query = sa.select(_recordings.c.key).where(ready & _inside(wanted.within))
-        if wanted.collection is not None:
-            query = query.where(_recordings.c.collection == wanted.collection)
-        if wanted.lang is not None:
-            query = query.where(_recordings.c.lang == wanted.lang)
-        for name, value in wanted.metadata:
-            query = query.where(_member(name, value, self._engine.dialect.name))
+        query = sa.select(_recordings.c.key).where(self._meant(wanted, "ready"))
         with self._read() as db:
             return np.sort(np.array(db.execute(query).scalars().all(), np.int64))
 
@@ -560,6 +668,11 @@ class Catalog:
         """Sole writer, durable when the block ends."""
         with self._engine.connect().execution_options(clasp_write=True) as db, db.begin():
             yield db
+
+    def _meant(self, wanted: Filter, status: str | None) -> sa.ColumnElement[bool]:
+        """That a recording passes a filter and has that status, or any."""
+        passes = wanted.where(_recordings, self._engine.dialect.name)
+        return passes if status is None else (_recordings.c.status == status) & passes
 
     def _by_key(self, db: sa.Connection, key: int) -> Recording:
         found = _one(db, _recordings.c.key == key)
@@ -835,6 +948,20 @@ def _note_change(db: sa.Connection, keys: Sequence[int], model: str | None = Non
         db.execute(sa.insert(_changes), rows)
 
 
+def _remember(db: sa.Connection, once: Once, recording: Recording, created: bool) -> None:
+    db.execute(sa.delete(_once).where(_once.c.name == once.name))
+    about = {"recording": recording.key, "id": recording.id, "created_at": recording.created_at}
+    kept_until = time.time() + ONCE_KEPT_S
+    row = {"name": once.name, "request": once.request, "created": created, "kept_until": kept_until}
+    db.execute(sa.insert(_once).values(row | about))
+
+
+def _delete(db: sa.Connection, keys: Sequence[int]) -> None:
+    for table, column in ((_segments, "recording"), (_reindexing, "recording"), (_recordings, "key")):
+        db.execute(sa.delete(table).where(table.c[column].in_(keys)))
+    _note_change(db, keys)
+
+
 def _store(db: sa.Connection, key: int, model: str, segments: Sequence[EmbeddedSegment]) -> None:
     """Make these the vectors that `model` has of a recording."""
     old = (_segments.c.recording == key) & (_segments.c.model == model)
@@ -897,25 +1024,6 @@ def _leased(db: sa.Connection, keys: Sequence[int]) -> list[Recording]:
     return [_recording(row) for row in rows]
 
 
-def _member(name: str, value: str | float | bool, dialect: str) -> sa.ColumnElement[bool]:
-    """That a top-level member of the metadata has this value: 1 is 1.0, but neither true nor "1".
-
-    Not by SQLAlchemy's `metadata[name]`: it builds a JSON path, in which SQLite finds no name that
-    JSON had to escape ("نام" among them), and a comparison without types, in which "x" is 0.
-    """
-    if dialect == "postgresql":
-        return sa.cast(_recordings.c.metadata, JSONB).contains({name: value})
-    members = sa.func.json_each(_recordings.c.metadata).table_valued("key", "value", "type")
-    if isinstance(value, bool):
-        same = members.c.type == ("true" if value else "false")
-    elif isinstance(value, str):
-        same = (members.c.type == "text") & (members.c.value == value)
-    else:
-        number = float(value) if abs(value) >= 2**63 else value  # SQLite's integers have 64 bits
-        same = members.c.type.in_(("integer", "real")) & (members.c.value == number)
-    return sa.exists().where((members.c.key == name) & same)
-
-
 def _without_suspects(candidates: Sequence[Any]) -> list[int]:
     """Keys to lease together: the first alone if it has failed before, else all that never have."""
     if candidates and candidates[0].attempts:
@@ -976,6 +1084,7 @@ def _create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
         heeded = "foreign_keys=OFF" if migrating else "foreign_keys=ON"
         for pragma in ("busy_timeout=60000", "journal_mode=WAL", "synchronous=FULL", heeded):
             connection.execute(f"PRAGMA {pragma}")
+        connection.create_function(SQL_FUNCTION, 2, holds, deterministic=True)
 
     @sa.event.listens_for(engine, "begin")
     def _on_begin(db: sa.Connection) -> None:

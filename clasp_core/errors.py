@@ -16,6 +16,7 @@
     ├── RecordingNotFound
     ├── IdConflict
     ├── AmbiguousId
+    ├── IdempotencyMismatch
     ├── NotCalibrated
     ├── ExtraMissing
     ├── ModelUnavailable
@@ -134,6 +135,12 @@ class AmbiguousId(ClaspError):
     """Several collections have a recording with this id; the caller, who may see them all, names one."""
 
     code = "ambiguous_id"
+
+
+class IdempotencyMismatch(ClaspError):
+    """A request has the name of another that was done already, and says something else."""
+
+    code = "idempotency_mismatch"
 
 
 class NotCalibrated(ClaspError):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,14 @@ from clasp_core.vectors import FaissStore, Mask, StoreMaker
 _ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
 
+Grouping: TypeAlias = Literal["recording", "segment"]
+"""What a limit counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A recording found: its key, its best cosine, its matching segments (ordinal, cosine), best first."""
+    """A recording found: its key, its best cosine, its matching segments (ordinal, cosine), best first. Or
+    one of its segments, where those were asked for."""
 
     recording: int
     score: float
@@ -104,8 +108,10 @@ class VectorIndex:
         *,
         among: NDArray[np.int64] | None = None,
         segments: int = 5,
+        group_by: Grouping = "recording",
     ) -> list[list[Match]]:
         """For each query its `limit` best recordings: all that score at least as high as the last of them.
+        By "segment", its `limit` best segments, each a match of its own.
 
         Ties at the end are kept whole (the caller orders and cuts them), so a result may be longer
         than its limit. `among` holds the recording keys to search, ascending; None means all. Scores
@@ -117,6 +123,11 @@ class VectorIndex:
             size = len(self) if inside is None else int(np.count_nonzero(inside))
             depths = [min(size, 4 * limit + 16) for limit in limits]
             nearest = self._nearest(queries, depths, inside)
+            if group_by == "segment":
+                return [
+                    self._match_segments(query, found, limit, size, inside)
+                    for query, limit, found in zip(queries, limits, nearest, strict=True)
+                ]
             return [
                 self._match(query, found, limit, size, inside, segments)
                 for query, limit, found in zip(queries, limits, nearest, strict=True)
@@ -150,9 +161,7 @@ class VectorIndex:
             (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
         exact: dict[int, list[tuple[int, float]]] = {}
         chosen = _worth_scoring(scores, owner, bests >= cutoff - doubt, segments, doubt)
-        # each row by itself, so that equal vectors get equal scores wherever they lie
-        products = self._store.rows(places[chosen]).astype(np.float64) * query.astype(np.float64)
-        for number, score in zip(numbers[chosen].tolist(), products.sum(axis=1).tolist(), strict=True):
+        for number, score in zip(numbers[chosen].tolist(), self._exact(query, places[chosen]), strict=True):
             # below what was seen, another segment may be better that was not
             if score > seen:
                 ordinal = number & ((1 << _ORDINAL_BITS) - 1)
@@ -165,6 +174,33 @@ class VectorIndex:
             last = sorted((match.score for match in matches), reverse=True)[limit - 1]
             matches = [match for match in matches if match.score >= last]
         return matches
+
+    def _match_segments(
+        self, query: NDArray[np.float32], found: "_Found", limit: int, size: int, inside: Mask | None
+    ) -> list[Match]:
+        """As `_match`, where each segment stands for itself: look deeper until all are seen that may be
+        among the `limit` best."""
+        doubt = 2 * self._store.noise
+        while True:
+            scores, places = found
+            cutoff = scores[limit - 1] if len(scores) >= limit else -np.inf
+            if len(places) >= size or scores[-1] < cutoff - doubt:
+                break
+            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
+        places = places[scores >= cutoff - doubt]
+        exact = self._exact(query, places)
+        last = sorted(exact, reverse=True)[:limit][-1] if exact else 0.0
+        return [
+            Match(number >> _ORDINAL_BITS, score, ((number & ((1 << _ORDINAL_BITS) - 1), score),), size)
+            for number, score in zip(self._store.numbers[places].tolist(), exact, strict=True)
+            if score >= last
+        ]
+
+    def _exact(self, query: NDArray[np.float32], places: NDArray[np.int64]) -> list[float]:
+        """Scores; each row by itself, so that equal vectors get equal scores wherever they lie."""
+        products = self._store.rows(places).astype(np.float64) * query.astype(np.float64)
+        scores: list[float] = products.sum(axis=1).tolist()
+        return scores
 
     def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""

@@ -6,18 +6,20 @@ Embedding the recordings is `clasp_core.ingest`, which may run in another proces
 """
 
 import base64
+import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from clasp_core.catalog import Catalog, Filter, NewRecording, Place, Recording, StoredModel
+from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
 from clasp_core.errors import DataMismatch, InvalidField
-from clasp_core.index import Match, VectorIndex
+from clasp_core.filters import Filter
+from clasp_core.index import Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, SegmentHit
@@ -26,13 +28,16 @@ from clasp_core.vectors import FaissStore, StoreMaker
 CATALOG_FILE = "catalog.sqlite3"
 AUDIO_FOLDER = "audio"
 CHANGES_AT_ONCE = 500
+DELETED_AT_ONCE = 200
+"""Few enough for others, who wait to write meanwhile, not to notice."""
 MAX_HITS = 1000
 EVERYTHING = Filter()
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A recording found: its best cosine with the query, and its matching segments, best first."""
+    """A recording found: its best cosine with the query, and its matching segments, best first. Or, where
+    segments were asked for, one of them."""
 
     rank: int
     recording: Recording
@@ -44,11 +49,13 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to look for: `limit` recordings among those that pass the filter, scoring at least `min_score`."""
+    """What to look for: `limit` recordings (or segments) among those that pass the filter, scoring at least
+    `min_score`."""
 
     limit: int = 10
     filter: Filter = EVERYTHING
     min_score: float | None = None
+    group_by: Grouping = "recording"
 
 
 class Library:
@@ -105,12 +112,15 @@ class Library:
         media_type: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         within: Set[str] | None = None,
+        once: str | None = None,
     ) -> tuple[Recording, bool]:
         """Keep a sealed upload. When this returns it survives any crash, and waits to be embedded.
 
         Returns (recording, created); the same bytes again in a collection give the first recording.
         `within` are the collections that the caller may see, the recording's among them; None means all.
-        Raises IdConflict (where one that can be seen has the id), InvalidField or InvalidLanguage.
+        `once` names the request: sent again it does nothing, and gives what it gave (`catalog.register`).
+        Raises IdConflict (where one that can be seen has the id), InvalidField, InvalidLanguage or
+        IdempotencyMismatch.
         """
         new = NewRecording(
             id=check_name("id", recording_id) if recording_id is not None else str(uuid4()),
@@ -121,13 +131,65 @@ class Library:
             lang=canonical_tag(lang),
             metadata=_plain_json(metadata or {}),
         )
-        return self.catalog.register(new, lambda: self.store.place(upload), within=within)
+        return self.catalog.register(
+            new,
+            lambda: self.store.place(upload),
+            within=within,
+            once=None if once is None else Once(once, _digest(new, recording_id)),
+        )
 
-    def delete(self, recording_id: str, *, within: Set[str] | None = None) -> None:
+    def amend(
+        self,
+        recording_id: str,
+        change: Callable[[Recording], tuple[str | None, Mapping[str, Any]]],
+        *,
+        within: Set[str] | None = None,
+    ) -> Recording:
+        """Give a recording another `lang` and `metadata`, in one transaction: `change` makes them of what
+        it is.
+
+        Filters go by them at once. The vectors stay, also where another `lang` would have made others (a
+        model that writes down what it hears is told it). Raises as `catalog.get` does, and InvalidField or
+        InvalidLanguage.
+        """
+
+        def checked(recording: Recording) -> tuple[str | None, Mapping[str, Any]]:
+            lang, metadata = change(recording)
+            return canonical_tag(lang), _plain_json(metadata)
+
+        return self.catalog.amend(recording_id, checked, within=within)
+
+    def delete(
+        self,
+        recording_id: str,
+        *,
+        within: Set[str] | None = None,
+        check: Callable[[Recording], None] | None = None,
+    ) -> None:
         """Forget a recording: when this returns it is no hit here, and its bytes are gone unless another
-        collection has the same. Raises as `catalog.get` does."""
-        deleted = self.catalog.delete(recording_id, within=within)
-        self.catalog.sweep([deleted.sha256], self.store.remove)
+        collection has the same. `check` may raise to keep it. Raises as `catalog.get` does."""
+        deleted = self.catalog.delete(recording_id, within=within, check=check)
+        self._forget([deleted.sha256])
+
+    def delete_matching(self, wanted: Filter, *, status: str | None = None, limit: int) -> int:
+        """Forget up to `limit` recordings that pass a filter and have that status, oldest first; how many
+        it were.
+
+        Each by itself as `delete` does. What is cut short has deleted some of them whole, and can be
+        repeated.
+        """
+        key = deleted = 0
+        while deleted < limit:
+            at_once = min(DELETED_AT_ONCE, limit - deleted)
+            key, sha256s = self.catalog.delete_some(wanted, status=status, after=key, limit=at_once)
+            if not sha256s:
+                break
+            deleted += len(sha256s)
+            self._forget(sha256s)
+        return deleted
+
+    def _forget(self, sha256s: Sequence[str]) -> None:
+        self.catalog.sweep(sha256s, self.store.remove)
         if self._index is not None:
             self.refresh()
 
@@ -139,14 +201,20 @@ class Library:
         cursor: str | None = None,
         limit: int = 100,
         within: Set[str] | None = None,
+        wanted: Filter | None = None,
     ) -> tuple[list[Recording], str | None]:
-        """Recordings, newest first, and the cursor of the next page (None after the last).
+        """Recordings that are `wanted`, newest first, and the cursor of the next page (None after the last).
 
         Pages neither skip nor repeat a recording while others are added or deleted.
         """
         before = None if cursor is None else _decode_cursor(cursor)
         found = self.catalog.page(
-            collection=collection, status=status, before=before, limit=limit + 1, within=within
+            collection=collection,
+            status=status,
+            before=before,
+            limit=limit + 1,
+            within=within,
+            wanted=wanted,
         )
         more = len(found) > limit
         return found[:limit], _encode_cursor(found[limit - 1]) if more else None
@@ -154,24 +222,28 @@ class Library:
     def tidy(self) -> None:
         """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models."""
         self.catalog.forget_retired()
+        self.catalog.forget_done()
         self.store.discard_abandoned()
         self.catalog.sweep(list(self.store.stored()), self.store.remove)
 
     # --- search
 
     def search(self, queries: Embeddings, questions: Sequence[Question]) -> list[list[Hit]]:
-        """For each unit query vector (n, dim) the best recordings, by the cosine of their best segment.
+        """For each unit query vector (n, dim) the best recordings, by the cosine of their best segment, or
+        the best segments.
 
         Sees everything that was ready, and nothing that was deleted, when it was called. Ties are
-        broken by id.
+        broken by id, those of segments of one recording by their times.
         """
         index = self.refresh()
         results: list[list[Hit]] = [[] for _ in questions]
-        for wanted in dict.fromkeys(question.filter for question in questions):
-            places = [place for place, question in enumerate(questions) if question.filter == wanted]
+        alike: dict[tuple[Filter, Grouping], list[int]] = {}
+        for place, question in enumerate(questions):
+            alike.setdefault((question.filter, question.group_by), []).append(place)
+        for (wanted, group_by), places in alike.items():
             among = None if wanted == EVERYTHING else self.catalog.matching(wanted)
             limits = [questions[place].limit for place in places]
-            matches = index.search(queries[places], limits, among=among)
+            matches = index.search(queries[places], limits, among=among, group_by=group_by)
             for place, found in zip(places, matches, strict=True):
                 results[place] = self._hits(found, questions[place])
         return results
@@ -184,7 +256,14 @@ class Library:
             if match.recording in recordings
             and (question.min_score is None or match.score >= question.min_score)
         ]
-        kept.sort(key=lambda match: (-match.score, recordings[match.recording].id, match.recording))
+        kept.sort(
+            key=lambda match: (
+                -match.score,
+                recordings[match.recording].id,
+                match.recording,
+                match.segments[0][0],  # in a recording, segments are numbered as they follow each other
+            )
+        )
         kept = kept[: question.limit]
         named = [(match.recording, ordinal) for match in kept for ordinal, _ in match.segments]
         spans = self.catalog.spans(named, model=self.model)
@@ -262,6 +341,12 @@ def check_name(field: str, value: str) -> str:
             f"{field} must be 1 to 128 letters, digits or . _ : - (ASCII), not beginning with a dot."
         )
     return value
+
+
+def _digest(new: NewRecording, recording_id: str | None) -> str:
+    """Of what an upload says, so that the same again can be known."""
+    said = [recording_id, new.collection, new.sha256, new.lang, new.metadata]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _plain_json(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -283,8 +283,8 @@ def search(
 ) -> None:
     from app.opening import open_configured_library
     from clasp_core.calibration import calibration_of
-    from clasp_core.catalog import Filter
     from clasp_core.errors import NotCalibrated
+    from clasp_core.filters import Filter
     from clasp_core.language import canonical_tag
     from clasp_core.library import Question
 

@@ -180,7 +180,14 @@ READS = [
     ("GET", "/v1/audio"),
     ("POST", "/v1/search"),
 ]
-WRITES = [("POST", "/audio"), ("DELETE", "/audio/none"), ("POST", "/v1/audio"), ("DELETE", "/v1/audio/none")]
+WRITES = [
+    ("POST", "/audio"),
+    ("PATCH", "/audio/none"),
+    ("DELETE", "/audio/none"),
+    ("POST", "/audio/delete"),
+    ("POST", "/v1/audio"),
+    ("DELETE", "/v1/audio/none"),
+]
 ADMINS = [("GET", "/metrics")]
 
 
@@ -238,14 +245,16 @@ def test_a_limited_key_sees_only_its_collections(keyed: Keyed) -> None:
     assert keyed.found("b") == [("tenant-b", in_b)]
 
 
-@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("GET", "/content"), ("DELETE", "")])
+@pytest.mark.parametrize(
+    ("method", "suffix"), [("GET", ""), ("GET", "/content"), ("PATCH", ""), ("DELETE", "")]
+)
 def test_another_s_recording_is_not_there(keyed: Keyed, method: str, suffix: str) -> None:
     """Not "forbidden": that would say that the id is in use. Every byte is as for an id that nobody has."""
     theirs = keyed.upload("a", recording(3)).json()["id"]
-    headers = {"X-Request-ID": "same"}
-    answer = keyed.ask("b", method, f"/audio/{theirs}{suffix}", headers=headers)
+    same = {"headers": {"X-Request-ID": "same"}} | ({"json": {}} if method == "PATCH" else {})
+    answer = keyed.ask("b", method, f"/audio/{theirs}{suffix}", **same)
     check_problem(answer, 404, "recording_not_found")
-    unknown = keyed.ask("b", method, f"/audio/none{suffix}", headers=headers)
+    unknown = keyed.ask("b", method, f"/audio/none{suffix}", **same)
     assert answer.text.replace(theirs, "none") == unknown.text
     assert answer.headers.keys() == unknown.headers.keys()
     assert keyed.ask("a", "GET", f"/audio/{theirs}").status_code == 200
@@ -288,6 +297,8 @@ def test_another_collection_cannot_be_named(keyed: Keyed, collection: str) -> No
         keyed.ask("a", "GET", "/audio", params=where),
         keyed.ask("a", "GET", "/audio/none", params=where),
         keyed.ask("a", "DELETE", "/audio/none", params=where),
+        keyed.ask("a", "PATCH", "/audio/none", params=where, json={}),
+        keyed.ask("a", "POST", "/audio/delete", json={"all": True} | where),
         keyed.ask("a", "GET", "/search", params={"q": "bees"} | where),
         keyed.ask("a", "POST", "/search", json={"queries": [{"q": "bees"}, {"q": "bees"} | where]}),
         keyed.ask("a", "POST", "/search/audio", params=where, files={"file": recording(9)}),

@@ -12,7 +12,8 @@ from tests.service import RunningService
 METHODS = {"get", "put", "post", "delete", "patch"}
 CONTRACT = {
     "/audio": {"get", "post"},
-    "/audio/{id}": {"get", "delete"},
+    "/audio/delete": {"post"},
+    "/audio/{id}": {"get", "patch", "delete"},
     "/audio/{id}/content": {"get"},
     "/search": {"get", "post"},
     "/search/audio": {"post"},

@@ -523,7 +523,8 @@ def test_an_older_library_is_not_upgraded_by_its_backup_and_a_newer_one_refused(
         add(library, "a", random_vectors(1, 1))
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as db:
         db.execute("UPDATE alembic_version SET version_num = '0003'")
-        db.execute("DROP TABLE api_keys")
+        for table in ("api_keys", "once"):
+            db.execute(f"DROP TABLE {table}")
         db.commit()
     before = state(data_dir)
     backup(data_dir, place)

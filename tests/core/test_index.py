@@ -90,6 +90,30 @@ def check_matches(
         assert scores == pytest.approx(sorted(truth[match.recording], reverse=True)[: len(scores)], abs=1e-12)
 
 
+def check_segments(
+    matches: list[Match],
+    recordings: Contents,
+    query: NDArray[np.float32],
+    limit: int,
+    among: Sequence[int] | None = None,
+) -> None:
+    """That these are the best segments by the slow search, all ties with the last of them included."""
+    truth = {
+        (key, ordinal): score
+        for key, scores in cosines(recordings, query).items()
+        if among is None or key in among
+        for ordinal, score in enumerate(scores)
+    }
+    found = {(match.recording, *(ordinal for ordinal, _ in match.segments)): match.score for match in matches}
+    assert len(found) == len(matches)
+    cutoff = sorted(truth.values(), reverse=True)[:limit][-1] if truth else 0.0
+    assert {place for place, score in truth.items() if score >= cutoff + 1e-12} <= found.keys()
+    assert len(found) >= min(limit, len(truth))
+    for place, score in found.items():
+        assert score == pytest.approx(truth[place], abs=1e-12)
+        assert score >= cutoff - 1e-12
+
+
 # --- searching
 
 POOL = unit(
@@ -137,6 +161,9 @@ def test_it_finds_what_the_slow_search_finds(
     assert len(results) == len(asked)
     for query, limit, matches in zip(queries, limits, results, strict=True):
         check_matches(matches, recordings, query, limit, among, segments)
+    by_segment = index.search(queries, limits, among=selected, group_by="segment")
+    for query, limit, matches in zip(queries, limits, by_segment, strict=True):
+        check_segments(matches, recordings, query, limit, among)
 
 
 @pytest.mark.parametrize("among", [None, range(0, 400, 3)])

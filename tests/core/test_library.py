@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from clasp_core import library as library_module
-from clasp_core.catalog import Filter
 from clasp_core.errors import DataMismatch, IdConflict, InvalidField, InvalidLanguage, RecordingNotFound
+from clasp_core.filters import Condition, Filter
 from clasp_core.index import VectorIndex
 from clasp_core.library import Hit, Library, Question, check_name
 from clasp_core.types import Embeddings
@@ -229,9 +229,10 @@ def test_each_question_of_a_batch_keeps_its_own_conditions(library: Library) -> 
     cases: list[tuple[Filter, Callable[[int], bool]]] = [
         (Filter(), lambda n: True),
         (Filter(collection="a"), lambda n: n % 2 == 0),
-        (Filter(lang="fa"), lambda n: n % 3 == 0),
-        (Filter(collection="b", lang="en"), lambda n: n % 2 == 1 and n % 3 == 1),
-        (Filter(metadata=(("parity", True),)), lambda n: n % 4 < 2),
+        (Filter(langs=frozenset({"fa"})), lambda n: n % 3 == 0),
+        (Filter(collection="b", langs=frozenset({"en"})), lambda n: n % 2 == 1 and n % 3 == 1),
+        (Filter(metadata=(Condition.of("parity", "eq", True),)), lambda n: n % 4 < 2),
+        (Filter(metadata=(Condition.of("parity", "eq", 1),)), lambda n: False),  # True, to Python
         (Filter(collection="nobody's"), lambda n: False),
     ]
     questions = [
@@ -246,6 +247,31 @@ def test_each_question_of_a_batch_keeps_its_own_conditions(library: Library) -> 
         allowed = {name: rows for name, rows in contents.items() if passes(numbers[name])}
         assert ids(hits) == best_by_hand(allowed, query, question.limit)
     assert library.search(queries[:0], []) == []
+
+
+def test_the_best_segments_are_the_best_of_all(library: Library) -> None:
+    """Grouped by segment, a recording may fill every place of a page; in it stand the best segments there
+    are, of what the filter allows, and equal ones always in one order."""
+    pool = random_vectors(5, 6)  # few vectors for many segments: most cosines come several times
+    contents = {f"{number}": pool[np.random.default_rng(number).integers(0, 6, 7)] for number in range(20)}
+    for name, rows in contents.items():
+        add(library, name, rows, collection="ab"[int(name) % 2])
+    query = random_vectors(6, 1)[0]
+    for wanted, names in (
+        (Filter(), list(contents)),
+        (Filter(collection="b"), [name for name in contents if int(name) % 2]),
+    ):
+        truth = sorted(
+            (-float(query.astype(np.float64) @ row.astype(np.float64)), name, float(second))
+            for name in names
+            for second, row in enumerate(contents[name])
+        )
+        for limit in (1, 3, 10, 1000):
+            hits = search(library, query, limit=limit, filter=wanted, group_by="segment")
+            shown = [(hit.recording.id, span.start_s) for hit in hits for span in hit.segments]
+            assert shown == [(name, start_s) for _, name, start_s in truth[:limit]]
+            assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+            assert [hit.score for hit in hits] == pytest.approx([-score for score, *_ in truth[:limit]])
 
 
 def test_a_vector_of_another_model_is_refused(library: Library) -> None:
@@ -348,7 +374,7 @@ def test_metadata_that_json_cannot_hold_is_refused(library: Library, metadata: d
     with pytest.raises(InvalidField, match="metadata"):
         upload(library, b"bytes", metadata=metadata)
     add(library, "one", random_vectors(1, 1), metadata={"a": 1})
-    wanted = Filter(metadata=(("a", 1),))
+    wanted = Filter(metadata=(Condition.of("a", "eq", 1),))
     assert ids(search(library, random_vectors(1, 1)[0], filter=wanted)) == ["one"]
 
 
