@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     """Longest accepted recording, in seconds of decoded sound."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
+    log_questions: bool = False
+    """Whether questions are logged, too: people's words, which then lie wherever logs go."""
+    drain_s: Annotated[float, Field(ge=0, le=600)] = 0.0
+    """Seconds between SIGTERM, when `/readyz` turns 503, and the last new connection."""
 
     @field_validator("api_keys", mode="before")
     @classmethod

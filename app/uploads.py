@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import HttpError
 from clasp_core.store import AudioStore, Upload
+from clasp_core.tracing import span
 
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
@@ -105,19 +106,20 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
                 "Send the recording as multipart/form-data with a part named file, or as the body with"
                 " Content-Type: audio/*.",
             )
-        try:
-            async for data in request.stream():
-                sink.feed(data)
-                if upload.size_bytes + len(sink.pending) > max_bytes:
-                    raise _too_large(max_bytes)
-                if len(sink.pending) >= _WRITE_BYTES:
-                    await run_in_threadpool(upload.write, sink.take())
-        except ClientDisconnect:
-            raise HttpError(
-                "upload_interrupted", "The connection was closed before the upload ended."
-            ) from None
-        sink.end()
-        await run_in_threadpool(_finish, upload, sink.take())
+        with span("receive"):
+            try:
+                async for data in request.stream():
+                    sink.feed(data)
+                    if upload.size_bytes + len(sink.pending) > max_bytes:
+                        raise _too_large(max_bytes)
+                    if len(sink.pending) >= _WRITE_BYTES:
+                        await run_in_threadpool(upload.write, sink.take())
+            except ClientDisconnect:
+                raise HttpError(
+                    "upload_interrupted", "The connection was closed before the upload ended."
+                ) from None
+            sink.end()
+            await run_in_threadpool(_finish, upload, sink.take())
         if upload.size_bytes == 0:
             raise HttpError("empty_upload", "The uploaded file is empty.")
         yield Received(upload, sink.fields, _media_type(sink.head))

@@ -26,6 +26,8 @@ ODD = {
     "max_upload_bytes": 123,
     "max_duration_s": 0.5,
     "log_level": "debug",
+    "log_questions": True,
+    "drain_s": 2.5,
 }
 
 
