@@ -15,13 +15,15 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
-from app.telemetry import Metrics
+from app.telemetry import Metrics, request_id
 from clasp_core.errors import NotReady
 from clasp_core.ingest import embed_recording, mean_vector
 from clasp_core.library import Hit, Library, Question
 from clasp_core.models import Model, SpeechEncoder
+from clasp_core.tracing import record
 from clasp_core.types import Seconds
 
 MAX_BATCH = 32
@@ -72,6 +74,10 @@ class _Waiting:
     question: Question
     made_by: Engine | None
     answer: "Future[Answer]" = field(default_factory=Future)
+    asked: Seconds = field(default_factory=time.perf_counter)
+    stages: tuple[tuple[str, Seconds, Seconds], ...] = ()
+    """What the time went to: stage, begin and end."""
+    request_id: str = field(default_factory=request_id)
 
 
 class Answerer:
@@ -104,7 +110,14 @@ class Answerer:
             self._waiting.put_nowait(waiting)
         except queue.Full:
             raise NotReady("Too many questions are waiting; ask again in a moment.") from None
-        return await asyncio.wrap_future(waiting.answer)
+        answer = await asyncio.wrap_future(waiting.answer)
+        for stage, began, ended in waiting.stages:  # on the other thread, but part of this request's trace
+            record(stage, began, ended)
+        return answer
+
+    def waiting(self) -> int:
+        """About how many questions wait."""
+        return self._waiting.qsize()
 
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:
@@ -119,7 +132,8 @@ class Answerer:
                 else:
                     batch.append(following)
             if batch := [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]:
-                self._answer(batch)
+                with structlog.contextvars.bound_contextvars(request_ids=[one.request_id for one in batch]):
+                    self._answer(batch)
             if ending:
                 return
 
@@ -147,9 +161,16 @@ class Answerer:
             for waiting in batch:
                 waiting.answer.set_exception(error)
             return
-        encode_s, search_s = encoded - started, time.perf_counter() - encoded
+        searched = time.perf_counter()
+        encode_s, search_s = encoded - started, searched - encoded
         self._metrics.search_batch.observe(len(batch))
         self._metrics.search_seconds.labels("encode").observe(encode_s)
         self._metrics.search_seconds.labels("search").observe(search_s)
         for waiting, hits in zip(batch, results, strict=True):
+            self._metrics.search_wait.observe(started - waiting.asked)
+            waiting.stages = (
+                ("queue", waiting.asked, started),
+                ("encode", started, encoded),
+                ("search", encoded, searched),
+            )
             waiting.answer.set_result(Answer(engine.model, hits, encode_s, search_s))

@@ -71,6 +71,20 @@ STATUS_OF: dict[str, int] = {
 RETRY_AFTER_S = 2
 
 
+class Problem(JSONResponse):
+    """An error's answer, which leaves its code in the request's scope for the log and the metrics."""
+
+    media_type = "application/problem+json"
+
+    def __init__(self, body: dict[str, Any], status: int, headers: dict[str, str]) -> None:
+        super().__init__(body, status, headers)
+        self.code: str = body["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["code"] = self.code
+        await super().__call__(scope, receive, send)
+
+
 class HttpError(Exception):
     """An error that only HTTP can have. `code` must stand in `STATUS_OF`."""
 
@@ -88,7 +102,9 @@ def problem(
     status: int | None = None,
     headers: dict[str, str] | None = None,
     errors: list[dict[str, str]] | None = None,
+    **members: object,
 ) -> JSONResponse:
+    """The answer of an error; `members` are further ones of its body (RFC 9457, 3.2)."""
     status = status or STATUS_OF[code]
     body: dict[str, Any] = {
         "type": f"urn:clasp:problem:{code}",
@@ -100,10 +116,11 @@ def problem(
     }
     if errors:
         body["errors"] = errors
+    body |= members
     headers = dict(headers or {})
     if status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    return Problem(body, status, headers)
 
 
 def install(app: FastAPI) -> None:

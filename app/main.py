@@ -1,10 +1,15 @@
 """The application object: settings in, a served library out."""
 
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Any
 
+import structlog
+import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
@@ -17,6 +22,10 @@ from app.telemetry import RequestContext
 from app.uploads import MAX_JSON_BYTES, BodyLimit
 from clasp_core.access import Keys
 
+_log = structlog.get_logger()
+
+FINISH_WITHIN_S = 15
+"""What requests in flight have left once nobody new is let in; after that they are cut off."""
 DESCRIPTION = """Find what was said in recordings, in any language, without transcribing them.
 
 Upload recordings to `/audio`; ask `/search` in any language. Every path is also served under `/v1`.
@@ -45,6 +54,8 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        # FastAPI's own spans and events hold query strings and exceptions' messages: see app/tracing
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     app.include_router(routes.api)
@@ -56,6 +67,33 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+class Server(uvicorn.Server):
+    """Ends in this order: not ready, but open for `drain_s`, until every load balancer has noticed; no new
+    connections; requests in flight finished, or cut off after FINISH_WITHIN_S; workers; the library closed.
+
+    A second signal ends the first of these at once.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=FINISH_WITHIN_S))
+        self._service: Service = app.state.service
+        self._drain_s = settings.drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        draining = self._service.leaving
+        self._service.leaving = True
+        if draining or not self._drain_s:
+            super().handle_exit(sig, frame)
+        else:
+            threading.Thread(target=self._drain, args=(sig, frame), name="drain", daemon=True).start()
+
+    def _drain(self, sig: int, frame: FrameType | None) -> None:
+        _log.info("not ready any more; still answering", seconds=self._drain_s)
+        time.sleep(self._drain_s)
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

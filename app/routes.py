@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import orjson
+import structlog
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -32,6 +33,7 @@ from app.schemas import (
     FilterBody,
     MinScore,
     QueryEcho,
+    ReadyBody,
     RecordingBody,
     RecordingPage,
     RecordingPatch,
@@ -48,7 +50,10 @@ from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
+from clasp_core.tracing import span
 from clasp_core.types import Seconds
+
+_log = structlog.get_logger()
 
 MAX_WAIT_S: Seconds = 60.0
 MAX_METADATA_BYTES = 32 * 1024
@@ -156,17 +161,19 @@ async def upload_recording(
         uploads.receive(request, library.store, max_bytes, service.fetcher) as received,
     ):
         fields = {name: value for name, value in given.items() if value is not None} | received.fields
-        recording, created = await run_in_threadpool(
-            library.register,
-            received.upload,
-            recording_id=fields.get("id"),
-            collection=destination(grant, fields.get("collection")),
-            lang=fields.get("lang") or None,
-            media_type=received.media_type,
-            metadata=_metadata(fields.get("metadata")),
-            within=grant.collections,
-            once=once,
-        )
+        with span("register"):
+            recording, created = await run_in_threadpool(
+                library.register,
+                received.upload,
+                recording_id=fields.get("id"),
+                collection=destination(grant, fields.get("collection")),
+                lang=fields.get("lang") or None,
+                media_type=received.media_type,
+                metadata=_metadata(fields.get("metadata")),
+                within=grant.collections,
+                once=once,
+            )
+    request.scope["recording"] = recording.id
     headers = {"Location": f"/audio/{recording.id}"}
     if not created:
         return _json(RecordingBody.of(recording, duplicate=True), 200, headers)
@@ -268,6 +275,7 @@ async def patch_recording(
         _bounded(metadata)
         return lang, metadata
 
+    request.scope["recording"] = id
     return _record(await run_in_threadpool(service.library.amend, id, change, within=within))
 
 
@@ -321,6 +329,7 @@ class _Content(FileResponse):
 
 @api.delete("/audio/{id}", status_code=204, summary="Forget a recording")
 def delete_recording(
+    request: Request,
     service: ServiceHere,
     grant: Writer,
     id: str,
@@ -330,6 +339,7 @@ def delete_recording(
     service.library.delete(
         id, within=visible(grant, collection), check=lambda recording: _check(recording, if_match)
     )
+    request.scope["recording"] = id
     return Response(status_code=204)
 
 
@@ -396,7 +406,8 @@ async def _answer_to_recording(
     """Embeds it again where the library was switched to another model in the middle."""
     while True:
         engine = service.answerer.engine
-        vector = await run_in_threadpool(engine.embed_recording, path, lang)
+        with span("embed"):
+            vector = await run_in_threadpool(engine.embed_recording, path, lang)
         encode_s = time.perf_counter() - started
         with contextlib.suppress(EngineChanged):
             answer = await service.answerer.ask(vector, question, made_by=engine)
@@ -405,6 +416,8 @@ async def _answer_to_recording(
 
 async def _answer(service: Service, grant: Grant, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
+    if service.settings.log_questions:
+        _log.info("question", q=body.q, lang=body.lang)
     lang, normalized = _normalized(body)
     among = schemas.filter_of(body.filter, visible(grant, body.collection))
     question = Question(body.limit, among, _number(body.min_score), body.group_by)
@@ -434,16 +447,22 @@ async def alive() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@operations.get("/readyz", summary="Ready to answer")
+@operations.get("/readyz", summary="Ready to answer", response_model=ReadyBody)
 async def ready(service: ServiceHere) -> Response:
-    if (reason := await run_in_threadpool(service.why_not_ready)) is not None:
-        return problem("not_ready", reason)
-    return JSONResponse({"status": "ready", "model": service.model.fingerprint})
+    readiness = service.readiness()
+    members: dict[str, Any] = {
+        "checks": {name: trouble or "ok" for name, trouble in readiness.checks.items()},
+        "degraded": readiness.degraded,
+        "age_s": round(readiness.age_s, 1),
+    }
+    if (reason := readiness.why_not) is not None:
+        return problem("not_ready", reason, **members)
+    return JSONResponse({"status": "ready", "model": service.model.fingerprint} | members)
 
 
 @operations.get("/metrics", summary="Prometheus metrics")
 def metrics(service: ServiceHere, _: Admin) -> Response:
-    service.observe_library()
+    service.observe()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -524,9 +543,11 @@ def _preferred_wait(prefer: str | None) -> Seconds | None:
 
 
 async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> Recording:
-    """The recording once it is ready or failed, or as it is when the time is over."""
+    """The recording once it is ready or failed, or as it is when the time is over or the service ends."""
     deadline = time.monotonic() + wait_s
     while recording.status in ("pending", "processing") and time.monotonic() < deadline:
+        if service.leaving:
+            break
         await anyio.sleep(0.05)
         try:
             recording = await run_in_threadpool(

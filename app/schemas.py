@@ -335,6 +335,16 @@ class SearchesBody(BaseModel):
     queries: Annotated[list[SearchBody], Field(min_length=1, max_length=MAX_QUERIES)]
 
 
+class ReadyBody(BaseModel):
+    """What `/readyz` looked at."""
+
+    status: Literal["ready"]
+    model: Annotated[str, Field(description="Fingerprint of the model that answers.")]
+    checks: Annotated[dict[str, str], Field(description="Each is `ok`, or says what is wrong.")]
+    degraded: Annotated[list[str], Field(description="Checks that are not well, but stop no answer.")]
+    age_s: Annotated[float, Field(description="Seconds since the oldest look.")]
+
+
 class QueryEcho(BaseModel):
     text: Annotated[str | None, Field(description="As asked; null where the query was a recording.")]
     lang: str | None

@@ -1,5 +1,7 @@
 """What one API process is made of, and the order in which it comes to life and ends."""
 
+import math
+import shutil
 import threading
 import time
 from datetime import UTC, datetime
@@ -10,8 +12,10 @@ from app.answering import Answerer, Engine
 from app.fetching import Fetcher
 from app.opening import open_configured_library
 from app.preconditions import InFlight
+from app.readiness import Readiness, Watch, why_not_writable, why_too_full
 from app.settings import Settings
-from app.telemetry import Metrics
+from app.telemetry import Metrics, gpu_memory
+from app.tracing import start_tracing, stop_tracing
 from app.workers import Supervisor
 from clasp_core.calibration import calibration_of
 from clasp_core.catalog import StoredModel
@@ -43,7 +47,9 @@ class Service:
         self.metrics = Metrics()
         self.fetcher = Fetcher(settings.url_hosts, settings.url_timeout_s)
         self.in_flight = InFlight()
+        start_tracing("api")
         model, library = open_configured_library(settings)
+        library.observe_refresh = self.metrics.observe_refresh
         library.tidy()
         self.answerer = Answerer(Engine(model, library), self.metrics)
         self.metrics.observe_model(model.name, model.fingerprint)
@@ -52,11 +58,21 @@ class Service:
         except NotCalibrated as error:
             _log.info("hits will carry no confidence", reason=error.detail)
         self.supervisor = Supervisor(settings, library.catalog, self.metrics)
+        self.leaving = False
+        """Whether the process was told to end: answered all the same, but nobody should come."""
         self._cannot_follow: str | None = None
         self._exchanging_workers = False
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._watch = Watch(
+            {
+                "index": self._why_not_current,
+                "data_dir": lambda: why_not_writable(settings.data_dir),
+                "disk": lambda: why_too_full(settings.data_dir, settings.max_upload_bytes),
+            },
+            stopping=frozenset({"index"}),
+        )
 
     @property
     def model(self) -> Model:
@@ -73,36 +89,70 @@ class Service:
         self.supervisor.start()
         self._keeper.start()
         self._follower.start()
+        self._watch.start()
 
     def stop(self) -> None:
+        self.leaving = True
         self._closing.set()
+        self._watch.stop()
         self._follower.join()
         self.supervisor.stop()
         self.answerer.stop()
         self._keeper.join()
         self.library.close()
+        stop_tracing()
 
-    def why_not_ready(self) -> str | None:
-        """None when questions are answered and recordings are embedded; else what is missing."""
-        if self._closing.is_set():
-            return "The service is shutting down."
-        if self._cannot_follow is not None:
-            return self._cannot_follow
-        if not self.supervisor.all_alive() and not self._exchanging_workers:
-            return "An ingest worker is starting."
-        self.library.refresh()
-        return None
+    def readiness(self) -> Readiness:
+        """What is well and what is not, without waiting for anything."""
+        working = self.supervisor.all_alive() or self._exchanging_workers
+        return self._watch.readiness(
+            {
+                "process": "The service is shutting down." if self.leaving else None,
+                "model": self._cannot_follow,
+                "workers": None if working else "An ingest worker is starting.",
+            }
+        )
 
-    def observe_library(self) -> None:
-        """Bring the gauges up to date."""
-        catalog = self.library.catalog
+    def observe(self) -> None:
+        """Bring the gauges up to date. Waits for no refresh of the index."""
+        readiness = self.readiness()
+        self.metrics.ready.set(readiness.why_not is None)
+        for check, trouble in readiness.checks.items():
+            self.metrics.check_ok.labels(check).set(trouble is None)
+        self.metrics.search_waiting.set(self.answerer.waiting())
+        disk = shutil.disk_usage(self.settings.data_dir)
+        self.metrics.disk_free.set(disk.free)
+        self.metrics.disk_total.set(disk.total)
+        self.metrics.observe_gpus("api", gpu_memory())
+        self.supervisor.observe()
+        self._observe_library()
+
+    def _observe_library(self) -> None:
+        library = self.library
+        catalog = library.catalog
         counts = catalog.counts()
         for status in ("pending", "processing", "ready", "failed"):
             self.metrics.recordings.labels(status).set(counts.get(status, 0))
         oldest = catalog.oldest_pending()
         waited = 0.0 if oldest is None else (datetime.now(UTC).replace(tzinfo=None) - oldest).total_seconds()
         self.metrics.queue_age.set(max(0.0, waited))
-        self.metrics.index_vectors.set(len(self.library.refresh()))
+        self.metrics.failed.clear()
+        for code, count in catalog.failures().items():
+            self.metrics.failed.labels(code).set(count)
+        self.metrics.index_vectors.set(library.indexed())
+        self.metrics.unsaved.set(library.unsaved_changes())
+        saved_at = library.saved_at()
+        self.metrics.snapshot_age.set(math.nan if saved_at is None else max(0.0, time.time() - saved_at))
+
+    def _why_not_current(self) -> str | None:
+        """Brings the index up to date, so that the next question need not wait for it."""
+        library = self.library
+        try:
+            library.refresh()
+        except Exception:
+            if library is self.library:  # else it was exchanged meanwhile, and closed
+                raise
+        return None
 
     def _keep_house(self) -> None:
         """A snapshot now and then, so that a start after a crash has little to catch up with; and the vectors
@@ -149,6 +199,7 @@ class Service:
         _log.info("the library has another model; loading it", model=active.name)
         settings = self.settings.model_copy(update={"model": active.name})
         model, library = open_configured_library(settings)
+        library.observe_refresh = self.metrics.observe_refresh
         try:
             engine, left = Engine(model, library), self.answerer.engine
         except BaseException:

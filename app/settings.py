@@ -63,6 +63,10 @@ class Settings(BaseSettings):
     """Longest that fetching one recording may take, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
+    log_questions: bool = False
+    """Whether questions are logged, too: people's words, which then lie wherever logs go."""
+    drain_s: Annotated[float, Field(ge=0, le=600)] = 0.0
+    """Seconds between SIGTERM, when `/readyz` turns 503, and the last new connection."""
 
     @field_validator("api_keys", "url_hosts", mode="before")
     @classmethod

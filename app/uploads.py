@@ -26,6 +26,7 @@ from app.errors import HttpError
 from app.fetching import Fetcher
 from clasp_core.errors import InvalidField
 from clasp_core.store import AudioStore, Upload
+from clasp_core.tracing import span
 
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
@@ -139,18 +140,19 @@ async def receive(
                 "Send the recording as multipart/form-data with a part named file, or as the body with"
                 " Content-Type: audio/*.",
             )
-        try:
-            async with source as pieces:
-                async for data in pieces:
-                    sink.feed(data)
-                    if upload.size_bytes + len(sink.pending) > max_bytes:
-                        raise _too_large(max_bytes)
-                    if len(sink.pending) >= _WRITE_BYTES:
-                        await run_in_threadpool(upload.write, sink.take())
-        except ClientDisconnect:
-            raise _interrupted() from None
-        sink.end()
-        await run_in_threadpool(_finish, upload, sink.take())
+        with span("receive"):
+            try:
+                async with source as pieces:
+                    async for data in pieces:
+                        sink.feed(data)
+                        if upload.size_bytes + len(sink.pending) > max_bytes:
+                            raise _too_large(max_bytes)
+                        if len(sink.pending) >= _WRITE_BYTES:
+                            await run_in_threadpool(upload.write, sink.take())
+            except ClientDisconnect:
+                raise _interrupted() from None
+            sink.end()
+            await run_in_threadpool(_finish, upload, sink.take())
         if upload.size_bytes == 0:
             raise HttpError("empty_upload", "The uploaded file is empty.")
         yield Received(upload, sink.fields, _media_type(sink.head))

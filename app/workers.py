@@ -1,16 +1,18 @@
 """Ingest workers as processes: the loop one runs, and the supervisor that starts and restarts them.
 
 A worker that `clasp serve` started lives no longer than it: it ends when its standard input closes.
-It reports the timings of each batch as JSON lines on standard output.
+It reports the timings of each batch, and the GPU memory it holds, as JSON lines on standard output.
 """
 
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from uuid import uuid4
 
 import orjson
@@ -18,7 +20,8 @@ import structlog
 
 from app.opening import open_configured_library
 from app.settings import Settings
-from app.telemetry import Metrics
+from app.telemetry import Metrics, gpu_memory
+from app.tracing import start_tracing, stop_tracing
 from clasp_core.catalog import Catalog
 from clasp_core.errors import DataMismatch
 from clasp_core.ingest import Ingester, Timings, warm_up
@@ -43,6 +46,9 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
     """
     import signal
 
+    owner = owner or uuid4().hex
+    structlog.contextvars.bind_contextvars(owner=owner)
+    start_tracing("worker")
     model, library = open_configured_library(settings)
     ingester = _ingester(settings, model, library, owner, supervised)
     stopping = threading.Event()
@@ -57,7 +63,7 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
         threading.Thread(target=_stop_with_parent, args=[stop], daemon=True).start()
         sys.stdout.buffer.write(READY_LINE)
         sys.stdout.buffer.flush()
-    _log.info("worker ready", owner=ingester.owner)
+    _log.info("worker ready")
     while not stopping.is_set():
         try:
             ingester.run()
@@ -69,13 +75,12 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
             active = library.catalog.active()
             library.close()
             model, library = open_configured_library(settings, active.name if active else None)
-            ingester = _ingester(settings, model, library, None, supervised)
+            ingester = _ingester(settings, model, library, owner, supervised)
     library.close()
+    stop_tracing()
 
 
-def _ingester(
-    settings: Settings, model: Model, library: Library, owner: str | None, supervised: bool
-) -> Ingester:
+def _ingester(settings: Settings, model: Model, library: Library, owner: str, supervised: bool) -> Ingester:
     encoder = model.speech_encoder()
     warm_up(encoder)
     return Ingester(
@@ -88,7 +93,7 @@ def _ingester(
 
 
 def _report(timings: Timings) -> None:
-    sys.stdout.buffer.write(orjson.dumps(asdict(timings)) + b"\n")
+    sys.stdout.buffer.write(orjson.dumps({"timings": asdict(timings), "gpus": gpu_memory()}) + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -105,7 +110,10 @@ class Supervisor:
     """Keeps `settings.workers` worker processes alive; their recordings are free at once when one dies."""
 
     def __init__(self, settings: Settings, catalog: Catalog, metrics: Metrics) -> None:
-        self._keepers = [_Keeper(settings, catalog, metrics) for _ in range(settings.workers)]
+        self._metrics = metrics
+        self._keepers = [
+            _Keeper(str(number), settings, catalog, metrics) for number in range(settings.workers)
+        ]
 
     def start(self) -> None:
         for keeper in self._keepers:
@@ -114,20 +122,34 @@ class Supervisor:
     def stop(self) -> None:
         for keeper in self._keepers:
             keeper.stop()
+        deadline = time.monotonic() + STOP_WITHIN_S
         for keeper in self._keepers:
-            keeper.join()
+            keeper.join(deadline - time.monotonic())
 
     def all_alive(self) -> bool:
         return all(keeper.ready for keeper in self._keepers)
 
-    def pids(self) -> list[int]:
-        return [keeper.pid for keeper in self._keepers if keeper.pid is not None]
+    def observe(self) -> None:
+        """Bring the gauges of workers' memory up to date."""
+        self._metrics.worker_memory.clear()
+        for keeper in self._keepers:
+            if (pid := keeper.pid) is not None and (size := _resident_bytes(pid)) is not None:
+                self._metrics.worker_memory.labels(keeper.name).set(size)
+
+
+def _resident_bytes(pid: int) -> int | None:
+    """A process's memory; None where it has ended, or the system has no /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return None
 
 
 class _Keeper:
     """One place for a worker: starts a process, listens to it, and starts the next when it ends."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, metrics: Metrics) -> None:
+    def __init__(self, name: str, settings: Settings, catalog: Catalog, metrics: Metrics) -> None:
+        self.name = name
         self.ready = False
         self._settings = settings
         self._catalog = catalog
@@ -150,8 +172,8 @@ class _Keeper:
             if self._process is not None:
                 self._process.terminate()
 
-    def join(self) -> None:
-        self._thread.join(STOP_WITHIN_S)
+    def join(self, within_s: Seconds) -> None:
+        self._thread.join(max(0.0, within_s))
         if self._thread.is_alive() and self._process is not None:
             self._process.kill()
             self._thread.join()
@@ -173,14 +195,18 @@ class _Keeper:
             self._listen(self._process)
             code = self._process.wait()
             self.ready = False
-            if self._stopping.is_set():
+            stopping = self._stopping.is_set()
+            if not stopping:
+                self._metrics.worker_restarts.inc()
+                _log.warning("worker ended; starting another", exit_status=code, owner=owner)
+            if code or not stopping:
+                try:
+                    # what was killed because it had to end is no recording's fault
+                    self._catalog.release(owner, died=not stopping)
+                except Exception as error:  # the leases run out by themselves; the next worker must start
+                    _log.error("the worker's recordings were not released", exc_info=error)
+            if stopping:
                 return
-            self._metrics.worker_restarts.inc()
-            _log.warning("worker ended; starting another", exit_status=code)
-            try:
-                self._catalog.release(owner, died=True)
-            except Exception as error:  # the leases run out by themselves; the next worker must start
-                _log.error("the worker's recordings were not released", exc_info=error)
             lived_s = time.monotonic() - started
             pause = 0.0 if lived_s > LONGEST_PAUSE_S else min(LONGEST_PAUSE_S, 2 * pause + 0.1)
 
@@ -194,8 +220,10 @@ class _Keeper:
                     self.ready = True
                     continue
                 try:
-                    timings = Timings(**orjson.loads(line))
-                except (orjson.JSONDecodeError, TypeError):  # some library's remark
+                    report = orjson.loads(line)
+                    timings, gpus = Timings(**report["timings"]), report["gpus"]
+                except (orjson.JSONDecodeError, TypeError, KeyError):  # some library's remark
                     _log.warning("a worker wrote what is no report", bytes=len(line))
                 else:
                     self._metrics.observe_ingest(timings)
+                    self._metrics.observe_gpus(f"worker-{self.name}", gpus)

@@ -463,6 +463,13 @@ class Catalog:
         with self._read() as db:
             return {status: count for status, count in db.execute(query)}
 
+    def failures(self) -> dict[str, int]:
+        """Failed recordings by the code of their error."""
+        query = sa.select(_recordings.c.error_code, sa.func.count()).group_by(_recordings.c.error_code)
+        with self._read() as db:
+            found = db.execute(query.where(_recordings.c.status == "failed"))
+            return {code or "processing_failed": count for code, count in found}
+
     def oldest_pending(self) -> datetime | None:
         """When the recording that has waited longest arrived (UTC), or None where none waits."""
         query = sa.select(sa.func.min(_recordings.c.created_at)).where(_recordings.c.status == "pending")
@@ -1065,7 +1072,8 @@ _WRITERS = 0x636C617370
 def _create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
     """`migrating` leaves SQLite's foreign keys unheeded, which can only be said outside of a transaction: to
     change a table there is to make another in its place, and to drop one deletes all that points at it."""
-    engine = sa.create_engine(url)
+    # errors go into the log, and a statement's values are questions, metadata and transcripts
+    engine = sa.create_engine(url, hide_parameters=True)
     if engine.dialect.name != "sqlite":
         # elsewhere writers do not exclude each other by themselves, and leases, sweeps and the order
         # of changes depend on it

@@ -30,6 +30,10 @@ Grouping: TypeAlias = Literal["recording", "segment"]
 """What a limit counts."""
 
 
+SNAPSHOT_FILE = "manifest.json"
+"""What is written last of a snapshot."""
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A recording found: its key, its best cosine, its matching segments (ordinal, cosine), best first. Or
@@ -232,7 +236,7 @@ class VectorIndex:
             place(temporary, folder / name)
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
-            place(manifest, folder / "manifest.json")
+            place(manifest, folder / SNAPSHOT_FILE)
             for path in folder.glob("vectors-*"):
                 if path.name != name:
                     path.unlink(missing_ok=True)
@@ -243,7 +247,7 @@ class VectorIndex:
         none can be trusted."""
         index = cls(dim, model, new_store)
         with suppress(OSError, ValueError, TypeError, RuntimeError):
-            snapshot = Snapshot(**json.loads((folder / "manifest.json").read_text()))
+            snapshot = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
             if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
                 return index
             if snapshot.file != _file_name(snapshot.seq, snapshot.token):

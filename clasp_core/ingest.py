@@ -3,14 +3,16 @@
 One `Ingester` is one worker; any number may work on the same library, in any processes.
 """
 
+import contextvars
 import io
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
@@ -25,6 +27,7 @@ from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFail
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
+from clasp_core.tracing import record, span
 from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
 
 _log = logging.getLogger(__name__)
@@ -37,15 +40,24 @@ TOGETHER = 8
 """Recordings leased, and segments embedded, at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Timings:
-    """Seconds one batch of recordings spent in each stage, and the seconds of audio it held."""
+    """What the recordings of one lease cost: seconds of work in each stage, and how much there was to do.
 
-    decode: Seconds
-    embed: Seconds
-    commit: Seconds
-    audio: Seconds
-    recordings: int
+    Decoding and segmenting run beside embedding, so together the stages may be longer than it took.
+    """
+
+    decode: Seconds = 0.0
+    segment: Seconds = 0.0
+    embed: Seconds = 0.0
+    commit: Seconds = 0.0
+    audio: Seconds = 0.0
+    """Of decoded sound."""
+    recordings: int = 0
+    batches: list[int] = field(default_factory=list)
+    """Segments that were embedded together, each time."""
+    waits: list[Seconds] = field(default_factory=list)
+    """From arrival to `ready`, of each recording that came so far."""
 
 
 @dataclass(slots=True)
@@ -137,68 +149,86 @@ class Ingester:
 
         A job is committed as soon as the stream has passed it, so none waits for a long one behind it.
         """
-        decode = embed = commit = 0.0
+        timings = Timings(recordings=len(jobs))
         committed = 0
-        segments = (pair for job in jobs for pair in self._segments(job))
-        mark = time.perf_counter()
-        with closing(_ahead(_batches(segments))) as batches:
+        segments = (pair for job in jobs for pair in self._segments(job, timings))
+        with span("ingest", recordings=len(jobs)), closing(_ahead(_batches(segments))) as batches:
             for batch in batches:
-                decode -= mark - (mark := time.perf_counter())
+                mark = time.perf_counter()
                 langs = [job.recording.lang for job, _ in batch]
-                embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
+                with span("embed", segments=len(batch)):
+                    embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
                 for (job, _), segment in zip(batch, embedded, strict=True):
                     job.segments.append(segment)
-                embed -= mark - (mark := time.perf_counter())
+                timings.batches.append(len(batch))
+                timings.embed += time.perf_counter() - mark
                 if self._stopping.is_set():
                     break
                 current = jobs.index(batch[-1][0])
                 for job in jobs[committed:current]:
-                    self._commit(job)
+                    self._commit(job, timings)
                 committed = current
-                commit -= mark - (mark := time.perf_counter())
             else:
                 for job in jobs[committed:]:
-                    self._commit(job)
-                commit += time.perf_counter() - mark
+                    self._commit(job, timings)
         self._queue.release(self.owner)
-        audio = sum(job.samples for job in jobs) / SAMPLING_RATE
-        self._observe(Timings(decode, embed, commit, audio, len(jobs)))
+        timings.audio = sum(job.samples for job in jobs) / SAMPLING_RATE
+        self._observe(timings)
 
-    def _segments(self, job: _Job) -> Iterator[tuple[_Job, Segment]]:
+    def _segments(self, job: _Job, timings: Timings) -> Iterator[tuple[_Job, Segment]]:
         """A job's segments; a recording that cannot be decoded ends early, with its reason kept."""
+        began = time.perf_counter()
+
+        def decoded(seconds: Seconds) -> None:
+            timings.decode += seconds
+            timings.segment -= seconds  # segmenting is what asks for the next block
+
+        def segmented(seconds: Seconds) -> None:
+            timings.segment += seconds
 
         def blocks(sampling_rate: int) -> Iterator[Waveform]:
             with self._library.store.open(job.recording.sha256) as file:
-                for block in sandbox.decode(
-                    file, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate
-                ):
+                made = sandbox.decode(file, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate)
+                for block in _timed(made, decoded):
                     if sampling_rate == SAMPLING_RATE:
                         job.samples += len(block)
                     yield block
 
         try:
-            for segment in _segments(self._encoder.picture_rate, blocks, self._segmenting):
+            segments = _segments(self._encoder.picture_rate, blocks, self._segmenting)
+            for segment in _timed(segments, segmented):
                 yield job, segment
         except InvalidAudio as error:
             job.error = error
         except FileNotFoundError:
             job.error = ProcessingFailed("The stored bytes of this recording are missing; upload it again.")
+        record("decode", began, time.perf_counter(), recording=job.recording.id)
 
-    def _commit(self, job: _Job) -> None:
+    def _commit(self, job: _Job, timings: Timings) -> None:
+        mark = time.perf_counter()
+        with span("commit", recording=job.recording.id):
+            if self._settle(job):
+                arrived = job.recording.created_at.replace(tzinfo=UTC)
+                timings.waits.append(max(0.0, (datetime.now(UTC) - arrived).total_seconds()))
+        timings.commit += time.perf_counter() - mark
+
+    def _settle(self, job: _Job) -> bool:
+        """Make a recording `ready` or `failed`; whether it is ready."""
         key, error = job.recording.key, job.error
         if error is None and not job.segments:
             error = SilentAudio("Nothing can be heard in this recording.")
         if error is not None:
             _log.info("recording failed", extra={"recording": job.recording.id, "code": error.code})
             self._queue.fail(key, self.owner, code=error.code, detail=error.detail)
-            return
-        self._queue.complete(
-            key,
-            self.owner,
-            duration_s=job.samples / SAMPLING_RATE,
-            model=self._library.model,
-            segments=job.segments,
+            return False
+        duration_s = job.samples / SAMPLING_RATE
+        done = self._queue.complete(
+            key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
         )
+        if done:
+            extent = {"duration_s": round(duration_s, 2), "segments": len(job.segments)}
+            _log.info("recording ready", extra={"recording": job.recording.id, **extent})
+        return done
 
 
 def embed_recording(
@@ -289,6 +319,20 @@ def _batches(segments: Iterator[T]) -> Iterator[list[T]]:
         yield batch
 
 
+def _timed(items: Iterable[T], add: Callable[[Seconds], None]) -> Iterator[T]:
+    """The same items; `add` is told the seconds that making each took."""
+    iterator = iter(items)
+    while True:
+        began = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            add(time.perf_counter() - began)
+        yield item
+
+
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The same items, each made on another thread while the one before it is in use.
 
@@ -314,7 +358,8 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
         except BaseException as error:
             hand(error)
 
-    maker = threading.Thread(target=make, name="decoder", daemon=True)
+    # in the caller's context: what is logged there carries the same request or worker
+    maker = threading.Thread(target=contextvars.copy_context().run, args=(make,), name="decoder", daemon=True)
     maker.start()
     try:
         while (made := ready.get()) is not None:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,10 +20,10 @@ from uuid import uuid4
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
 from clasp_core.errors import DataMismatch, InvalidField
 from clasp_core.filters import Filter
-from clasp_core.index import Grouping, Match, VectorIndex
+from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.store import AudioStore, Upload
-from clasp_core.types import Embeddings, SegmentHit
+from clasp_core.types import Embeddings, Seconds, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
 
 CATALOG_FILE = "catalog.sqlite3"
@@ -88,6 +89,8 @@ class Library:
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
         self._saved = (0, "")
+        self.observe_refresh: Callable[[Seconds], None] = lambda seconds: None
+        """Told how long the index took to come up to date, each time that there was something to do."""
         self.stored_model = StoredModel(model, name, dim)
         if not reindex and (active := self.catalog.adopt(self.stored_model)).fingerprint != model:
             self.catalog.close()
@@ -285,6 +288,7 @@ class Library:
     def refresh(self) -> VectorIndex:
         """The index, brought up to everything the catalogue has committed."""
         with self._refreshing:
+            began = time.perf_counter()
             if self._index is None:
                 self._index = VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
                 self._saved = self._index.point
@@ -296,7 +300,23 @@ class Library:
                     self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
                 ):
                     self._index.apply(changes)
+                self.observe_refresh(time.perf_counter() - began)
             return self._index
+
+    def indexed(self) -> int:
+        """Vectors in the index as it is, which another thread may be bringing up to date."""
+        return 0 if self._index is None else len(self._index)
+
+    def saved_at(self) -> float | None:
+        """When the index's snapshot was made, in seconds since 1970; None where there is none."""
+        try:
+            return (self._index_dir / SNAPSHOT_FILE).stat().st_mtime
+        except OSError:
+            return None
+
+    def unsaved_changes(self) -> int:
+        """Changes of the catalogue in the index that its snapshot lacks."""
+        return 0 if self._index is None else max(0, self._index.seq - self._saved[0])
 
     def is_current(self) -> bool:
         """Whether the library still has the model it was opened with; false after a switch to another.

@@ -36,9 +36,7 @@ def serve(
     import signal
     import socket
 
-    import uvicorn
-
-    from app.main import create_app
+    from app.main import Server, create_app
     from app.telemetry import configure_logging
 
     settings = Settings()
@@ -63,8 +61,7 @@ def serve(
         )
     except OSError as error:
         fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
-    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=15)
-    uvicorn.Server(server).run([listening])
+    Server(app, settings).run([listening])
 
 
 def _is_loopback(host: str) -> bool:

@@ -28,6 +28,8 @@ ODD = {
     "url_hosts": ("example.org", "*.example.org:8443"),
     "url_timeout_s": 1.5,
     "log_level": "debug",
+    "log_questions": True,
+    "drain_s": 2.5,
 }
 
 
