@@ -9,11 +9,14 @@ import asyncio
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +29,7 @@ from clasp_core.types import Seconds
 
 MAX_BATCH = 32
 MAX_WAITING = 1024
+MAX_RECORDINGS_WAITING = 32
 MAX_QUERY_RECORDING_S: Seconds = 60.0
 
 
@@ -41,10 +45,15 @@ class Engine:
         library.refresh()
         self._speech_lock = threading.Lock()
 
-    def embed_recording(self, path: Path, lang: str | None = None) -> NDArray[np.float32]:
-        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). Raises InvalidAudio."""
+    def embed_recording(
+        self, path: Path, lang: str | None, given_up: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). Raises InvalidAudio, and
+        NotReady soon after it is `given_up`."""
         with self._speech_lock:
-            segments = embed_recording(self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang)
+            segments = embed_recording(
+                self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang, given_up=given_up
+            )
         return mean_vector(segments)
 
     @cached_property
@@ -83,6 +92,8 @@ class Answerer:
         self._metrics = metrics
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="answerer", daemon=True)
+        self._recordings = 0
+        self._one_recording: anyio.CapacityLimiter | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -105,6 +116,35 @@ class Answerer:
         except queue.Full:
             raise NotReady("Too many questions are waiting; ask again in a moment.") from None
         return await asyncio.wrap_future(waiting.answer)
+
+    def check_room(self) -> None:
+        """Raises NotReady where so many recordings wait to be questions that one more would wait in vain."""
+        if self._recordings >= MAX_RECORDINGS_WAITING:
+            raise NotReady("Too many recordings are waiting to be searched by; ask again in a moment.")
+
+    async def embed(self, engine: Engine, path: Path, lang: str | None) -> NDArray[np.float32]:
+        """As `engine.embed_recording`, one at a time; given up when the task is cancelled.
+
+        Raises NotReady, too, where too many wait.
+        """
+        self.check_room()
+        if self._one_recording is None:
+            # one thread of their own: those who wait hold none of the threads that all others need
+            self._one_recording = anyio.CapacityLimiter(1)
+        self._recordings += 1
+        over = threading.Event()
+        try:
+            return await anyio.to_thread.run_sync(
+                engine.embed_recording,
+                path,
+                lang,
+                over.is_set,
+                limiter=self._one_recording,
+                abandon_on_cancel=True,
+            )
+        finally:
+            over.set()
+            self._recordings -= 1
 
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:

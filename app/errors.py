@@ -47,15 +47,21 @@ STATUS_OF: dict[str, int] = {
     "voice_unavailable": 503,
     "backup_failed": 500,
     "processing_failed": 500,
+    "quota_exceeded": 403,
+    "queue_full": 503,
+    "disk_full": 507,
     "not_ready": 503,
     # --- raised by this layer
     "unauthorized": 401,
     "forbidden": 403,
+    "rate_limited": 429,
     "collection_required": 422,
     "malformed_request": 400,
     "empty_upload": 422,
     "upload_too_large": 413,
     "upload_interrupted": 400,
+    "request_timeout": 408,
+    "deadline_exceeded": 503,
     "unsupported_media_type": 415,
     "range_not_satisfiable": 416,
     "not_found": 404,
@@ -63,6 +69,8 @@ STATUS_OF: dict[str, int] = {
     "internal_error": 500,
 }
 RETRY_AFTER_S = 2
+QUEUE_RETRY_AFTER_S = 30
+"""A queue that is full has hours of work before it."""
 
 
 class HttpError(Exception):
@@ -96,7 +104,8 @@ def problem(
         body["errors"] = errors
     headers = dict(headers or {})
     if status in (429, 503):
-        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        after_s = QUEUE_RETRY_AFTER_S if code == "queue_full" else RETRY_AFTER_S
+        headers.setdefault("Retry-After", str(after_s))
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 

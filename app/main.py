@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app import errors, routes
 from app.access import Guard
+from app.clients import Deadline
 from app.schemas import ProblemBody
 from app.service import Service
 from app.settings import Settings
@@ -53,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, keys=lambda: Keys(service.library.catalog, settings.api_keys))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES)
+    app.add_middleware(Deadline, timeout_s=settings.request_timeout_s)
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -40,6 +40,7 @@ from clasp_core.catalog import Recording
 from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
+from clasp_core.limits import Admission
 from clasp_core.types import Seconds
 
 MAX_WAIT_S: Seconds = 60.0
@@ -126,8 +127,15 @@ async def upload_recording(
 ) -> Response:
     wait_s = _preferred_wait(prefer)
     given = {"id": id, "lang": lang, "collection": collection, "metadata": metadata}
-    library = service.library
-    async with uploads.receive(request, library.store, service.settings.max_upload_bytes) as received:
+    library, settings = service.library, service.settings
+    admission = Admission(grant.key, grant.quota, settings.max_pending)
+
+    def expect(least: int, most: int) -> None:
+        library.catalog.expect(least, most, admission, within=grant.collections)
+
+    async with uploads.receive(
+        request, library.store, settings.max_upload_bytes, settings.upload_idle_s, expect=expect
+    ) as received:
         fields = {name: value for name, value in given.items() if value is not None} | received.fields
         recording, created = await run_in_threadpool(
             library.register,
@@ -138,13 +146,14 @@ async def upload_recording(
             media_type=received.media_type,
             metadata=_metadata(fields.get("metadata")),
             within=grant.collections,
+            admission=admission,
         )
     headers = {"Location": f"/audio/{recording.id}"}
     if not created:
         return _json(RecordingBody.of(recording, duplicate=True), 200, headers)
     if wait_s is not None:
         headers["Preference-Applied"] = f"wait={wait_s:g}"
-        recording = await _settled(service, recording, wait_s)
+        recording = await _settled(service, request, recording, wait_s)
     status = 201 if recording.status == "ready" else 202
     return _json(RecordingBody.of(recording), status, headers)
 
@@ -269,8 +278,12 @@ async def search_by_recording(
     collection: OptionalText = None,
     min_score: OptionalScore = None,
 ) -> SearchAnswer:
+    settings = service.settings
+    service.answerer.check_room()
     started = time.perf_counter()
-    async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
+    async with uploads.receive(
+        request, service.library.store, settings.max_upload_bytes, settings.upload_idle_s
+    ) as received:
         among = schemas.filter_of(FilterBody(), visible(grant, collection))
         question = Question(limit, among, _number(min_score))
         lang = canonical_tag(received.fields.get("lang", lang) or None)
@@ -285,7 +298,7 @@ async def _answer_to_recording(
     """Embeds it again where the library was switched to another model in the middle."""
     while True:
         engine = service.answerer.engine
-        vector = await run_in_threadpool(engine.embed_recording, path, lang)
+        vector = await service.answerer.embed(engine, path, lang)
         encode_s = time.perf_counter() - started
         with contextlib.suppress(EngineChanged):
             answer = await service.answerer.ask(vector, question, made_by=engine)
@@ -381,11 +394,13 @@ def _preferred_wait(prefer: str | None) -> Seconds | None:
     return None
 
 
-async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> Recording:
-    """The recording once it is ready or failed, or as it is when the time is over."""
+async def _settled(service: Service, request: Request, recording: Recording, wait_s: Seconds) -> Recording:
+    """The recording once it is ready or failed, or as it is when the time is over or the client has gone."""
     deadline = time.monotonic() + wait_s
     while recording.status in ("pending", "processing") and time.monotonic() < deadline:
         await anyio.sleep(0.05)
+        if await request.is_disconnected():
+            break
         try:
             recording = await run_in_threadpool(
                 service.library.catalog.get, recording.id, within={recording.collection}

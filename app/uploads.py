@@ -1,13 +1,16 @@
 """Receiving recordings: a request's body, multipart or raw, streamed into the audio store under a limit.
 
 The size is enforced as bytes arrive, before they are written; nothing is spooled elsewhere first, and
-no file name or path of the client's is used for anything.
+no file name or path of the client's is used for anything. There is no limit to how long it takes, but a
+client must go on sending.
 """
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import anyio
 from fastapi import Request
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -19,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import HttpError
 from clasp_core.store import AudioStore, Upload
+from clasp_core.types import Seconds
 
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
@@ -27,6 +31,8 @@ STREAMED = frozenset({"/audio", "/search/audio"})
 """Where recordings arrive."""
 MAX_JSON_BYTES = 4 << 20
 """Several times what the largest acceptable POST /search needs."""
+MIN_BYTES_PER_S = 1024
+"""What a client must send on average, once it has been waited for as long as it may send nothing."""
 _WRITE_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 20
 """What a multipart body may hold besides the file."""
@@ -82,18 +88,41 @@ class BodyLimit:
 
 
 @asynccontextmanager
-async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncIterator[Received]:
+async def receive(
+    request: Request,
+    store: AudioStore,
+    max_bytes: int,
+    idle_s: Seconds,
+    *,
+    expect: Callable[[int, int], None] | None = None,
+) -> AsyncIterator[Received]:
     """Stream the body into the store; what the block does not place is removed when it ends.
 
-    Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`,
-    `malformed_request`, `upload_interrupted`.
+    `expect` is told how many bytes at least and at most the recording has, before any is read and now and
+    then while it is not known; what it raises is the end. Without it the recording is not to be kept.
+    Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`, `malformed_request`,
+    `upload_interrupted`; `request_timeout` where nothing comes for `idle_s`, or all too little. And DiskFull.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     declared_type = kind.decode("latin-1").lower()
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes + _MAX_OVERHEAD_BYTES:
-        raise _too_large(max_bytes)
-    with store.receive() as upload:
+    least, most = 0, max_bytes
+    if declared.isdigit():
+        least = int(declared)
+        if declared_type == "multipart/form-data":
+            least = max(0, least - _MAX_OVERHEAD_BYTES)
+        if least > max_bytes:
+            raise _too_large(max_bytes)
+        most = min(most, int(declared))
+    if expect is not None:
+        await run_in_threadpool(expect, least, most)
+    with store.receive(to_keep=expect is not None) as upload:
+
+        def keep(data: bytes) -> None:
+            upload.write(data)
+            if expect is not None and upload.size_bytes > least:
+                expect(upload.size_bytes, most)
+
         sink: _RawSink
         if declared_type == "multipart/form-data":
             sink = _FormSink(options.get(b"boundary", b""))
@@ -106,12 +135,12 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
                 " Content-Type: audio/*.",
             )
         try:
-            async for data in request.stream():
+            async for data in _timely(request.stream(), idle_s):
                 sink.feed(data)
                 if upload.size_bytes + len(sink.pending) > max_bytes:
                     raise _too_large(max_bytes)
                 if len(sink.pending) >= _WRITE_BYTES:
-                    await run_in_threadpool(upload.write, sink.take())
+                    await run_in_threadpool(keep, sink.take())
         except ClientDisconnect:
             raise HttpError(
                 "upload_interrupted", "The connection was closed before the upload ended."
@@ -121,6 +150,30 @@ async def receive(request: Request, store: AudioStore, max_bytes: int) -> AsyncI
         if upload.size_bytes == 0:
             raise HttpError("empty_upload", "The uploaded file is empty.")
         yield Received(upload, sink.fields, _media_type(sink.head))
+
+
+async def _timely(chunks: AsyncIterator[bytes], idle_s: Seconds) -> AsyncIterator[bytes]:
+    """The same, with HttpError `request_timeout` where they do not come. Only time that is spent waiting for
+    the client counts, and none of our own."""
+    received, waited_s = 0, 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            with anyio.fail_after(idle_s):
+                data = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise _too_slow(f"Nothing was sent for {idle_s:g} s") from None
+        waited_s += time.monotonic() - began
+        received += len(data)
+        if waited_s > idle_s and received < MIN_BYTES_PER_S * waited_s:
+            raise _too_slow(f"Less than {MIN_BYTES_PER_S} bytes a second were sent")
+        yield data
+
+
+def _too_slow(what: str) -> HttpError:
+    return HttpError("request_timeout", f"{what}; nothing of it was kept.", {"Connection": "close"})
 
 
 def _finish(upload: Upload, rest: bytes) -> None:

@@ -2,8 +2,8 @@
 
     python -m tests.stand_in serve --port 8000
 
-Everything else is the real program: processes, catalogue, index, decoding. It starts in three seconds and embeds
-hundreds of recordings a second, so that thousands of uploads, or hundreds of kills, are minutes.
+Everything else is the real program: processes, catalogue, index, decoding. It starts in three seconds and
+embeds hundreds of recordings a second, so that thousands of uploads, or hundreds of kills, are minutes.
 A recording that is asked with as sound is its own best hit; a text finds all, in an order without meaning.
 """
 

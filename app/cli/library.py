@@ -35,9 +35,11 @@ def serve(
 ) -> None:
     import signal
     import socket
+    from functools import partial
 
     import uvicorn
 
+    from app.clients import Connection
     from app.main import create_app
     from app.telemetry import configure_logging
 
@@ -63,8 +65,20 @@ def serve(
         )
     except OSError as error:
         fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
-    server = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=15)
+    _allow_descriptors(2 * settings.max_connections + 512)
+    http: Any = partial(Connection, idle_s=settings.upload_idle_s, most=settings.max_connections)
+    server = uvicorn.Config(app, http=http, log_config=None, timeout_graceful_shutdown=15)
     uvicorn.Server(server).run([listening])
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """As far as the system lets us: without descriptors, searches fail before connections are refused."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _is_loopback(host: str) -> bool:
