@@ -108,8 +108,8 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._full_at: dict[str, float] = {}
-        """When each key's bucket is full again, on the clock of `time.monotonic`."""
+        self._full_at: dict[str, tuple[Rate, float]] = {}
+        """When each key's bucket, which is for a rate, is full again, on the clock of `time.monotonic`."""
         self._lock = threading.Lock()
 
     def take(self, key: str, rate: Rate) -> Seconds:
@@ -117,8 +117,9 @@ class Pace:
         each = rate.window_s / rate.requests
         now = time.monotonic()
         with self._lock:
-            full_at = max(now, self._full_at.get(key, now)) + each
+            known, full_at = self._full_at.get(key, (rate, now))
+            full_at = (max(now, full_at) if known == rate else now) + each
             if (too_early := full_at - now - rate.window_s) > 1e-9:
                 return too_early
-            self._full_at[key] = full_at
+            self._full_at[key] = (rate, full_at)
         return 0.0
