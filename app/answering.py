@@ -10,13 +10,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import anyio
-import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,17 +41,17 @@ class Engine:
         self.text_encoder = model.text_encoder()
         self.text_encoder.encode(["warm-up"])
         library.refresh()
-        self._speech_lock = threading.Lock()
 
     def embed_recording(
         self, path: Path, lang: str | None, given_up: Callable[[], bool]
     ) -> NDArray[np.float32]:
-        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). Raises InvalidAudio, and
-        NotReady soon after it is `given_up`."""
-        with self._speech_lock:
-            segments = embed_recording(
-                self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang, given_up=given_up
-            )
+        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). From one thread.
+
+        Raises InvalidAudio, and NotReady soon after it is `given_up`.
+        """
+        segments = embed_recording(
+            self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang, given_up=given_up
+        )
         return mean_vector(segments)
 
     @cached_property
@@ -93,13 +91,15 @@ class Answerer:
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="answerer", daemon=True)
         self._recordings = 0
-        self._one_recording: anyio.CapacityLimiter | None = None
+        # a thread of their own: those who wait for it hold none of the threads that all others need
+        self._listener = ThreadPoolExecutor(1, "listener")
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """Answer what has been asked, then end."""
+        self._listener.shutdown(wait=False, cancel_futures=True)
         self._waiting.put(None)
         self._thread.join()
 
@@ -128,20 +128,11 @@ class Answerer:
         Raises NotReady, too, where too many wait.
         """
         self.check_room()
-        if self._one_recording is None:
-            # one thread of their own: those who wait hold none of the threads that all others need
-            self._one_recording = anyio.CapacityLimiter(1)
         self._recordings += 1
         over = threading.Event()
+        loop = asyncio.get_running_loop()
         try:
-            return await anyio.to_thread.run_sync(
-                engine.embed_recording,
-                path,
-                lang,
-                over.is_set,
-                limiter=self._one_recording,
-                abandon_on_cancel=True,
-            )
+            return await loop.run_in_executor(self._listener, engine.embed_recording, path, lang, over.is_set)
         finally:
             over.set()
             self._recordings -= 1

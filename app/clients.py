@@ -42,11 +42,15 @@ class Deadline:
             await self._app(scope, receive, send)
             return
         arrived, gone = asyncio.Event(), asyncio.Event()
-        begun = complete = False
+        asked = begun = complete = False
         work = anyio.CancelScope()
 
         async def received() -> Message:
-            if arrived.is_set():
+            nonlocal asked
+            if is_get and not asked:
+                asked = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+            if is_get or arrived.is_set():
                 await gone.wait()
                 return {"type": "http.disconnect"}
             message = await receive()
@@ -59,7 +63,8 @@ class Deadline:
             return message
 
         async def watch() -> None:
-            await arrived.wait()
+            if not is_get:  # whose body, if it has one, means nothing
+                await arrived.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()

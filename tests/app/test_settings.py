@@ -25,6 +25,11 @@ ODD = {
     "allow_anonymous": True,
     "max_upload_bytes": 123,
     "max_duration_s": 0.5,
+    "max_pending": 0,
+    "min_free_bytes": 1,
+    "max_connections": 2,
+    "request_timeout_s": 0.25,
+    "upload_idle_s": 1.5,
     "log_level": "debug",
 }
 
@@ -96,6 +101,8 @@ def test_the_hub_s_own_setting_is_honoured(monkeypatch: pytest.MonkeyPatch) -> N
         ("workers", "-1"),
         ("max_upload_bytes", "0"),
         ("max_duration_s", "0"),
+        ("max_pending", "-1"),
+        ("request_timeout_s", "inf"),
         ("device", "tpu"),
         ("log_level", "loud"),
         ("vector_store", "redis"),
