@@ -293,12 +293,13 @@ def test_a_recording_whose_asker_has_gone_is_dropped(slow: RunningService) -> No
 def test_recordings_that_wait_keep_nobody_else_waiting(slow: RunningService) -> None:
     """They are embedded one by one. Others need threads, too; who would wait in vain is told so at once."""
     body = recording(2)
-    head = f"POST /search/audio HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /search/audio HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: audio/wav\r\n\r\n"
     with ExitStack() as stack:
         asked = []
         for _ in range(2 * MAX_RECORDINGS_WAITING):
             asked.append(stack.enter_context(socket.create_connection(("127.0.0.1", slow.port), 5)))
-            asked[-1].sendall(head.encode() + b"\r\n" + body)
+            asked[-1].sendall(head.encode() + body)
         began = time.monotonic()
         slow.client.get("/audio").raise_for_status()
         assert time.monotonic() - began < 1.5
