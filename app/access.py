@@ -1,9 +1,11 @@
 """Who asks, and what they may do: a key for every path but a few, a scope for every call.
 
 `Guard` asks for the key before anything else of a request is looked at, its body and whether there is
-such an address among it. Endpoints then say by `Reader`, `Writer` or `Admin` what they need.
+such an address among it, and keeps it to its rate. Endpoints then say by `Reader`, `Writer` or `Admin`
+what they need.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -12,11 +14,14 @@ import anyio.to_thread
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import HttpError, problem
 from clasp_core.access import Grant, Keys
 from clasp_core.library import check_name
+from clasp_core.limits import Pace, Rate
+from clasp_core.types import Seconds
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """What says nothing of anybody's recordings."""
@@ -24,13 +29,14 @@ _AT_ONCE = 4
 
 
 class Guard:
-    """ASGI middleware: 401 `unauthorized`, or a `Grant` in the request's scope."""
+    """ASGI middleware: 401 `unauthorized`, 429 `rate_limited`, or a `Grant` in the request's scope."""
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Keys]) -> None:
         """`keys` is asked for each request: a service may exchange its library."""
         self._app = app
         self._keys = keys
         self._limiter: anyio.CapacityLimiter | None = None
+        self._pace = Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
@@ -46,7 +52,22 @@ class Guard:
                 await refusal(scope, receive, send)
                 return
             scope["grant"] = grant
+            if grant.key is not None and grant.rate is not None:
+                wait_s = self._pace.take(grant.key, grant.rate)
+                if wait_s > 0:
+                    await _too_many(grant.rate, wait_s)(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
+
+
+def _too_many(rate: Rate, wait_s: Seconds) -> Response:
+    headers = {
+        "Retry-After": str(math.ceil(wait_s)),
+        # draft-ietf-httpapi-ratelimit-headers
+        "RateLimit-Policy": f'"key";q={rate.requests};w={rate.window_s:.0f}',
+        "RateLimit": f'"key";r=0;t={math.ceil(wait_s)}',
+    }
+    return problem("rate_limited", f"The key may ask {rate.requests} times a {rate.per}.", headers=headers)
 
 
 def _presented(headers: Headers) -> str:

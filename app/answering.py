@@ -9,7 +9,8 @@ import asyncio
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from clasp_core.types import Seconds
 
 MAX_BATCH = 32
 MAX_WAITING = 1024
+MAX_RECORDINGS_WAITING = 32
 MAX_QUERY_RECORDING_S: Seconds = 60.0
 
 
@@ -41,12 +43,17 @@ class Engine:
         self.text_encoder = model.text_encoder()
         self.text_encoder.encode(["warm-up"])
         library.refresh()
-        self._speech_lock = threading.Lock()
 
-    def embed_recording(self, path: Path, lang: str | None = None) -> NDArray[np.float32]:
-        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). Raises InvalidAudio."""
-        with self._speech_lock:
-            segments = embed_recording(self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang)
+    def embed_recording(
+        self, path: Path, lang: str | None, given_up: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        """A recording as a query, in which `lang` is spoken: one unit vector (dim,). From one thread.
+
+        Raises InvalidAudio, and NotReady soon after it is `given_up`.
+        """
+        segments = embed_recording(
+            self._speech, path, max_duration_s=MAX_QUERY_RECORDING_S, lang=lang, given_up=given_up
+        )
         return mean_vector(segments)
 
     @cached_property
@@ -89,12 +96,16 @@ class Answerer:
         self._metrics = metrics
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="answerer", daemon=True)
+        self._recordings = 0
+        # a thread of their own: those who wait for it hold none of the threads that all others need
+        self._listener = ThreadPoolExecutor(1, "listener")
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """Answer what has been asked, then end."""
+        self._listener.shutdown(wait=False, cancel_futures=True)
         self._waiting.put(None)
         self._thread.join()
 
@@ -118,6 +129,26 @@ class Answerer:
     def waiting(self) -> int:
         """About how many questions wait."""
         return self._waiting.qsize()
+
+    def check_room(self) -> None:
+        """Raises NotReady where so many recordings wait to be questions that one more would wait in vain."""
+        if self._recordings >= MAX_RECORDINGS_WAITING:
+            raise NotReady("Too many recordings are waiting to be searched by; ask again in a moment.")
+
+    async def embed(self, engine: Engine, path: Path, lang: str | None) -> NDArray[np.float32]:
+        """As `engine.embed_recording`, one at a time; given up when the task is cancelled.
+
+        Raises NotReady, too, where too many wait.
+        """
+        self.check_room()
+        self._recordings += 1
+        over = threading.Event()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._listener, engine.embed_recording, path, lang, over.is_set)
+        finally:
+            over.set()
+            self._recordings -= 1
 
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:

@@ -48,10 +48,14 @@ STATUS_OF: dict[str, int] = {
     "voice_unavailable": 503,
     "backup_failed": 500,
     "processing_failed": 500,
+    "quota_exceeded": 403,
+    "queue_full": 503,
+    "disk_full": 507,
     "not_ready": 503,
     # --- raised by this layer
     "unauthorized": 401,
     "forbidden": 403,
+    "rate_limited": 429,
     "collection_required": 422,
     "malformed_request": 400,
     "idempotency_in_flight": 409,
@@ -59,6 +63,8 @@ STATUS_OF: dict[str, int] = {
     "empty_upload": 422,
     "upload_too_large": 413,
     "upload_interrupted": 400,
+    "request_timeout": 408,
+    "deadline_exceeded": 503,
     "unsupported_media_type": 415,
     "url_not_allowed": 403,
     "url_failed": 502,
@@ -69,6 +75,8 @@ STATUS_OF: dict[str, int] = {
     "internal_error": 500,
 }
 RETRY_AFTER_S = 2
+QUEUE_RETRY_AFTER_S = 30
+"""A queue that is full has hours of work before it."""
 
 
 class Problem(JSONResponse):
@@ -119,7 +127,8 @@ def problem(
     body |= members
     headers = dict(headers or {})
     if status in (429, 503):
-        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        after_s = QUEUE_RETRY_AFTER_S if code == "queue_full" else RETRY_AFTER_S
+        headers.setdefault("Retry-After", str(after_s))
     return Problem(body, status, headers)
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app import errors, routes
 from app.access import Guard
+from app.clients import Connection, Deadline
 from app.schemas import ProblemBody
 from app.service import Service
 from app.settings import Settings
@@ -64,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, keys=lambda: Keys(service.library.catalog, settings.api_keys))
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES)
+    app.add_middleware(Deadline, timeout_s=settings.request_timeout_s)
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -77,7 +80,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=FINISH_WITHIN_S))
+        http: Any = partial(Connection, idle_s=settings.upload_idle_s, most=settings.max_connections)
+        super().__init__(
+            uvicorn.Config(app, http=http, log_config=None, timeout_graceful_shutdown=FINISH_WITHIN_S)
+        )
         self._service: Service = app.state.service
         self._drain_s = settings.drain_s
 

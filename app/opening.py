@@ -31,6 +31,7 @@ def open_configured_library(
         database_url=settings.database_url,
         new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
         reindex=reindex,
+        min_free_bytes=settings.min_free_bytes,
     )
     return model, library
 

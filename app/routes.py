@@ -50,6 +50,7 @@ from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
+from clasp_core.limits import Admission
 from clasp_core.tracing import span
 from clasp_core.types import Seconds
 
@@ -154,11 +155,22 @@ async def upload_recording(
     wait_s = _preferred_wait(prefer)
     once = operation_name(grant.name, idempotency_key or [])
     given = {"id": id, "lang": lang, "collection": collection, "metadata": metadata}
-    library = service.library
-    max_bytes = service.settings.max_upload_bytes
+    library, settings = service.library, service.settings
+    admission = Admission(grant.key, grant.quota, settings.max_pending)
+
+    def expect(least: int, most: int) -> None:
+        library.catalog.expect(least, most, admission, within=grant.collections)
+
     async with (
         service.in_flight.only(once),
-        uploads.receive(request, library.store, max_bytes, service.fetcher) as received,
+        uploads.receive(
+            request,
+            library.store,
+            settings.max_upload_bytes,
+            settings.upload_idle_s,
+            expect=expect,
+            fetcher=service.fetcher,
+        ) as received,
     ):
         fields = {name: value for name, value in given.items() if value is not None} | received.fields
         with span("register"):
@@ -172,6 +184,7 @@ async def upload_recording(
                 metadata=_metadata(fields.get("metadata")),
                 within=grant.collections,
                 once=once,
+                admission=admission,
             )
     request.scope["recording"] = recording.id
     headers = {"Location": f"/audio/{recording.id}"}
@@ -179,7 +192,7 @@ async def upload_recording(
         return _json(RecordingBody.of(recording, duplicate=True), 200, headers)
     if wait_s is not None:
         headers["Preference-Applied"] = f"wait={wait_s:g}"
-        recording = await _settled(service, recording, wait_s)
+        recording = await _settled(service, request, recording, wait_s)
     # one that is ready already was uploaded before, by the same request: then the answer is the same, too
     status = 201 if recording.status == "ready" and wait_s is not None else 202
     return _json(RecordingBody.of(recording), status, headers)
@@ -390,8 +403,12 @@ async def search_by_recording(
     min_score: OptionalScore = None,
     group_by: GroupBy = "recording",
 ) -> SearchAnswer:
+    settings = service.settings
+    service.answerer.check_room()
     started = time.perf_counter()
-    async with uploads.receive(request, service.library.store, service.settings.max_upload_bytes) as received:
+    async with uploads.receive(
+        request, service.library.store, settings.max_upload_bytes, settings.upload_idle_s
+    ) as received:
         among = schemas.filter_of(FilterBody(), visible(grant, collection))
         question = Question(limit, among, _number(min_score), group_by)
         lang = canonical_tag(received.fields.get("lang", lang) or None)
@@ -407,7 +424,7 @@ async def _answer_to_recording(
     while True:
         engine = service.answerer.engine
         with span("embed"):
-            vector = await run_in_threadpool(engine.embed_recording, path, lang)
+            vector = await service.answerer.embed(engine, path, lang)
         encode_s = time.perf_counter() - started
         with contextlib.suppress(EngineChanged):
             answer = await service.answerer.ask(vector, question, made_by=engine)
@@ -542,13 +559,16 @@ def _preferred_wait(prefer: str | None) -> Seconds | None:
     return None
 
 
-async def _settled(service: Service, recording: Recording, wait_s: Seconds) -> Recording:
-    """The recording once it is ready or failed, or as it is when the time is over or the service ends."""
+async def _settled(service: Service, request: Request, recording: Recording, wait_s: Seconds) -> Recording:
+    """The recording once it is ready or failed, or as it is when the time is over, the client has gone, or
+    the service ends."""
     deadline = time.monotonic() + wait_s
     while recording.status in ("pending", "processing") and time.monotonic() < deadline:
         if service.leaving:
             break
         await anyio.sleep(0.05)
+        if await request.is_disconnected():
+            break
         try:
             recording = await run_in_threadpool(
                 service.library.catalog.get, recording.id, within={recording.collection}

@@ -61,6 +61,16 @@ class Settings(BaseSettings):
     what is below it, `*` for any public host; `:PORT` behind it if not 443. Without any, none is fetched."""
     url_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest that fetching one recording may take, in seconds."""
+    max_pending: Annotated[int, Field(ge=0)] = 10_000
+    """Recordings that may wait to be embedded before no more are taken; 0 means any number."""
+    min_free_bytes: Annotated[int, Field(ge=0)] = 512 << 20
+    """Room on the disk that arriving recordings leave to the catalogue; 0 means none."""
+    max_connections: Annotated[int, Field(gt=0)] = 1000
+    """Connections that are served at once; who comes beyond is refused."""
+    request_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Longest time, in seconds, to answer a search or to read what is stored; uploads may take longer."""
+    upload_idle_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Longest time, in seconds, that a client may send or take nothing in the middle of a request."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
     log_questions: bool = False

@@ -2,14 +2,17 @@
 audio store under a limit.
 
 The size is enforced as bytes arrive, before they are written; nothing is spooled elsewhere first, and
-no file name or path of the client's is used for anything.
+no file name or path of the client's is used for anything. There is no limit to how long it takes, but a
+client must go on sending.
 """
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import anyio
 import orjson
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +30,7 @@ from app.fetching import Fetcher
 from clasp_core.errors import InvalidField
 from clasp_core.store import AudioStore, Upload
 from clasp_core.tracing import span
+from clasp_core.types import Seconds
 
 FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
@@ -35,6 +39,8 @@ STREAMED = frozenset({"/audio", "/search/audio"})
 """Where recordings arrive."""
 MAX_JSON_BYTES = 4 << 20
 """Several times what the largest acceptable POST /search needs."""
+MIN_BYTES_PER_S = 1024
+"""What a client must send on average, once it has been waited for as long as it may send nothing."""
 _WRITE_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 1 << 20
 """What a multipart body may hold besides the file."""
@@ -109,29 +115,54 @@ class BodyLimit:
 
 @asynccontextmanager
 async def receive(
-    request: Request, store: AudioStore, max_bytes: int, fetcher: Fetcher | None = None
+    request: Request,
+    store: AudioStore,
+    max_bytes: int,
+    idle_s: Seconds,
+    *,
+    expect: Callable[[int, int], None] | None = None,
+    fetcher: Fetcher | None = None,
 ) -> AsyncIterator[Received]:
-    """Stream the recording into the store; what the block does not place is removed when it ends. Without a
-    `fetcher`, a URL is no recording.
+    """Stream the recording into the store; what the block does not place is removed when it ends.
 
-    Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`,
-    `malformed_request`, `upload_interrupted`, and for a URL what `Fetcher.fetch` raises.
+    `expect` is told how many bytes at least and at most the recording has, before any is read and now and
+    then while it is not known; what it raises is the end. Without it the recording is not to be kept.
+    Without a `fetcher`, a URL is no recording.
+
+    Raises HttpError: `unsupported_media_type`, `upload_too_large`, `empty_upload`, `malformed_request`,
+    `upload_interrupted`; `request_timeout` where nothing comes for `idle_s`, or all too little; for a URL
+    what `Fetcher.fetch` raises. And DiskFull.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     declared_type = kind.decode("latin-1").lower()
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes + _MAX_OVERHEAD_BYTES:
-        raise _too_large(max_bytes)
-    with store.receive() as upload:
+    least, most = 0, max_bytes
+    if declared.isdigit() and declared_type != "application/json":  # whose length is not the recording's
+        least = int(declared)
+        if declared_type == "multipart/form-data":
+            least = max(0, least - _MAX_OVERHEAD_BYTES)
+        if least > max_bytes:
+            raise _too_large(max_bytes)
+        most = min(most, int(declared))
+    if expect is not None:
+        await run_in_threadpool(expect, least, most)
+    with store.receive(to_keep=expect is not None) as upload:
+
+        def keep(data: bytes) -> None:
+            upload.write(data)
+            if expect is not None and upload.size_bytes > least:
+                expect(upload.size_bytes, most)
+
         sink: _RawSink
-        source: AbstractAsyncContextManager[AsyncIterator[bytes]] = nullcontext(request.stream())
+        body = _timely(request.stream(), idle_s)
+        source: AbstractAsyncContextManager[AsyncIterator[bytes]] = nullcontext(body)
         if declared_type == "multipart/form-data":
             sink = _FormSink(options.get(b"boundary", b""))
         elif declared_type.startswith(("audio/", "video/")) or declared_type == "application/octet-stream":
             sink = _RawSink()
         elif declared_type == "application/json" and fetcher is not None:
             fetcher.require_on()
-            url, fields = await _url_body(request)
+            url, fields = await _url_body(body)
             sink = _RawSink(fields)
             source = _fetched(fetcher, url, request)
         else:
@@ -148,7 +179,7 @@ async def receive(
                         if upload.size_bytes + len(sink.pending) > max_bytes:
                             raise _too_large(max_bytes)
                         if len(sink.pending) >= _WRITE_BYTES:
-                            await run_in_threadpool(upload.write, sink.take())
+                            await run_in_threadpool(keep, sink.take())
             except ClientDisconnect:
                 raise _interrupted() from None
             sink.end()
@@ -158,15 +189,15 @@ async def receive(
         yield Received(upload, sink.fields, _media_type(sink.head))
 
 
-async def _url_body(request: Request) -> tuple[str, dict[str, str]]:
+async def _url_body(body: AsyncIterator[bytes]) -> tuple[str, dict[str, str]]:
     """The URL, and the other fields as a form would have them."""
-    body = b""
+    read = b""
     try:
-        async for data in request.stream():
-            body += data
-            if len(body) > MAX_JSON_BYTES:
+        async for data in body:
+            read += data
+            if len(read) > MAX_JSON_BYTES:
                 raise HttpError("upload_too_large", f"A JSON body may have at most {MAX_JSON_BYTES} bytes.")
-        fields = UrlBody.model_validate(orjson.loads(body))
+        fields = UrlBody.model_validate(orjson.loads(read))
         given = {name: value for name, value in fields if value is not None}
         if "metadata" in given:
             given["metadata"] = orjson.dumps(given["metadata"]).decode()
@@ -195,6 +226,30 @@ async def _fetched(fetcher: Fetcher, url: str, request: Request) -> AsyncIterato
                 yield data
 
         yield watched()
+
+
+async def _timely(chunks: AsyncIterator[bytes], idle_s: Seconds) -> AsyncIterator[bytes]:
+    """The same, with HttpError `request_timeout` where they do not come. Only time that is spent waiting for
+    the client counts, and none of our own."""
+    received, waited_s = 0, 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            with anyio.fail_after(idle_s):
+                data = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise _too_slow(f"Nothing was sent for {idle_s:g} s") from None
+        waited_s += time.monotonic() - began
+        received += len(data)
+        if waited_s > idle_s and received < MIN_BYTES_PER_S * waited_s:
+            raise _too_slow(f"Less than {MIN_BYTES_PER_S} bytes a second were sent")
+        yield data
+
+
+def _too_slow(what: str) -> HttpError:
+    return HttpError("request_timeout", f"{what}; nothing of it was kept.", {"Connection": "close"})
 
 
 def _finish(upload: Upload, rest: bytes) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from clasp_core.catalog import Catalog
 from clasp_core.errors import InvalidInput
 from clasp_core.library import check_name
+from clasp_core.limits import NO_QUOTA, Held, Quota, Rate
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -40,16 +41,24 @@ _api_keys = sa.Table(
     sa.Column("collections", sa.JSON(none_as_null=True)),
     sa.Column("created_at", sa.DateTime),
     sa.Column("revoked_at", sa.DateTime),
+    sa.Column("rate", sa.Text),
+    sa.Column("max_recordings", sa.BigInteger),
+    sa.Column("max_bytes", sa.BigInteger),
+    sa.Column("max_hours", sa.Float),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What somebody may do: with all `collections` where that is None. `name` is that of the key, if any."""
+    """What somebody may do: with all `collections` where that is None. `name` is that of the key, if any, and
+    `key` its id, if it is one of the library's; only such have limits."""
 
     name: str | None
     scopes: frozenset[Scope]
     collections: frozenset[str] | None = None
+    key: str | None = None
+    rate: Rate | None = None
+    quota: Quota = NO_QUOTA
 
     def allows(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -65,6 +74,8 @@ class ApiKey:
     collections: tuple[str, ...] | None
     created_at: datetime
     revoked_at: datetime | None
+    rate: Rate | None = None
+    quota: Quota = NO_QUOTA
 
 
 class Keys:
@@ -79,7 +90,13 @@ class Keys:
         self._fixed = [_digest(key) for key in fixed]
 
     def create(
-        self, name: str, scopes: Collection[Scope], collections: Collection[str] | None = None
+        self,
+        name: str,
+        scopes: Collection[Scope],
+        collections: Collection[str] | None = None,
+        *,
+        rate: Rate | None = None,
+        quota: Quota = NO_QUOTA,
     ) -> tuple[ApiKey, str]:
         """A new key and its text, which is kept nowhere. `collections` None means all.
 
@@ -105,8 +122,11 @@ class Keys:
             collections=limits,
             created_at=_now(),
             revoked_at=None,
+            rate=rate,
+            quota=quota,
         )
-        row = {field: getattr(key, field) for field in ApiKey.__dataclass_fields__}
+        kept = ("id", "name", "scopes", "collections", "created_at")
+        row = {field: getattr(key, field) for field in kept} | _limits(rate, quota)
         with self._catalog._write() as db:
             if db.execute(sa.select(_api_keys.c.id).where(_api_keys.c.name == name)).first() is not None:
                 raise InvalidInput(f"There is a key called {name!r} already, or was; take another name.")
@@ -118,6 +138,24 @@ class Keys:
         with self._catalog._read() as db:
             rows = db.execute(sa.select(_api_keys).order_by(_api_keys.c.created_at, _api_keys.c.name))
             return [_key(row) for row in rows]
+
+    def held(self) -> dict[str, Held]:
+        """What the library holds of each key's uploads, by the key's id; those without any are absent."""
+        return self._catalog.held()
+
+    def limit(self, name: str, change: Callable[[Rate | None, Quota], tuple[Rate | None, Quota]]) -> ApiKey:
+        """Give a key other limits, made by `change` of those it has. They hold for requests that begin later.
+
+        Raises InvalidInput where there is no such key, or it is revoked.
+        """
+        here = _api_keys.c.name == name
+        with self._catalog._write() as db:
+            row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
+            if row is None or row.revoked_at is not None:
+                raise InvalidInput(f"There is no key called {name!r}, or it is revoked.")
+            old = _key(row)
+            db.execute(sa.update(_api_keys).where(here).values(_limits(*change(old.rate, old.quota))))
+            return _key(db.execute(sa.select(_api_keys).where(here)).one())
 
     def revoke(self, name: str) -> ApiKey:
         """Make a key worthless, for good; doing so again changes nothing. Raises InvalidInput."""
@@ -158,7 +196,7 @@ class Keys:
             return None
         key = _key(row)
         limits = None if key.collections is None else frozenset(key.collections)
-        return Grant(key.name, frozenset(key.scopes), limits)
+        return Grant(key.name, frozenset(key.scopes), limits, key.id, key.rate, key.quota)
 
 
 def _is_any(db: sa.Connection) -> bool:
@@ -174,7 +212,19 @@ def _key(row: Any) -> ApiKey:  # noqa: ANN401 - SQLAlchemy rows are untyped
         collections=None if row.collections is None else tuple(row.collections),
         created_at=row.created_at,
         revoked_at=row.revoked_at,
+        rate=None if row.rate is None else Rate.parse(row.rate),
+        quota=Quota(row.max_recordings, row.max_bytes, row.max_hours),
     )
+
+
+def _limits(rate: Rate | None, quota: Quota) -> dict[str, object]:
+    """As columns."""
+    return {
+        "rate": None if rate is None else str(rate),
+        "max_recordings": quota.recordings,
+        "max_bytes": quota.size_bytes,
+        "max_hours": quota.hours,
+    }
 
 
 def _digest(text: str) -> str:

@@ -12,6 +12,7 @@ Collections are apart, so that they can belong to tenants who may know nothing o
 """
 
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -31,12 +32,16 @@ from numpy.typing import NDArray
 from clasp_core.errors import (
     AmbiguousId,
     DataMismatch,
+    DiskFull,
     IdConflict,
     IdempotencyMismatch,
     ProcessingFailed,
+    QueueFull,
+    QuotaExceeded,
     RecordingNotFound,
 )
 from clasp_core.filters import SQL_FUNCTION, Filter, holds
+from clasp_core.limits import FREELY, Admission, Held
 from clasp_core.types import Embeddings, Seconds
 
 T = TypeVar("T")
@@ -77,6 +82,7 @@ _recordings = sa.Table(
     sa.Column("attempts", sa.Integer),
     sa.Column("lease_owner", sa.Text),
     sa.Column("lease_until", sa.Float),
+    sa.Column("uploaded_by", sa.Text),
 )
 _segments = sa.Table(
     "segments",
@@ -274,13 +280,15 @@ class Catalog:
         *,
         within: Set[str] | None = None,
         once: Once | None = None,
+        admission: Admission = FREELY,
     ) -> tuple[Recording, bool]:
         """Make a pending recording, or find the one of its collection that has these bytes already.
 
         Returns (recording, created). `place` stores the bytes; it runs under the write lock, before the
         row exists, so no row is ever without its bytes and no sweep can take them between. A recording
         that failed with `processing_failed` is tried afresh when its bytes come again. Raises IdConflict
-        where the id belongs to another recording that the caller may see.
+        where the id belongs to another recording that the caller may see; QuotaExceeded or QueueFull where
+        its `admission` leaves no room for a new one; DiskFull.
 
         Of the requests that are `once` the same, within ONCE_KEPT_S, only the first that succeeds does
         anything; the others get what it got: its recording as it is now, or, if that was deleted since, a
@@ -290,13 +298,18 @@ class Catalog:
         with self._write() as db:
             if once is not None and (before := self._done_before(db, once, new)) is not None:
                 return before
-            recording, created = self._register(db, new, place, within)
+            recording, created = self._register(db, new, place, within, admission)
             if once is not None:
                 _remember(db, once, recording, created)
             return recording, created
 
     def _register(
-        self, db: sa.Connection, new: NewRecording, place: Callable[[], None], within: Set[str] | None
+        self,
+        db: sa.Connection,
+        new: NewRecording,
+        place: Callable[[], None],
+        within: Set[str] | None,
+        admission: Admission,
     ) -> tuple[Recording, bool]:
         same = (_recordings.c.collection == new.collection) & (_recordings.c.sha256 == new.sha256)
         if (found := _one(db, same)) is not None:
@@ -306,11 +319,13 @@ class Catalog:
             return self._by_key(db, found.key), False
         if _exists(db, _named(new.id, within)):
             raise IdConflict(f"The id {new.id!r} belongs to another recording.")
+        _admit(db, admission, new.size_bytes)
         place()
         values = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__}
         values["metadata"] = dict(new.metadata)
         now = datetime.now(UTC).replace(tzinfo=None)
-        insert = sa.insert(_recordings).values(**values, status="pending", attempts=0, created_at=now)
+        values |= {"status": "pending", "attempts": 0, "created_at": now, "uploaded_by": admission.key}
+        insert = sa.insert(_recordings).values(values)
         row = db.execute(insert.returning(_recordings.c.key)).one()
         return self._by_key(db, row.key), True
 
@@ -346,6 +361,28 @@ class Catalog:
                 return
         with self._write() as db:
             db.execute(sa.delete(_once).where(_once.c.kept_until < time.time()))
+
+    def expect(self, least: int, most: int, admission: Admission, *, within: Set[str] | None = None) -> None:
+        """Raise what `register` would for a recording of which `least` to `most` bytes are still to come.
+
+        Not so where it may prove to be one that is there, since some recording that the caller may see has as
+        many bytes: that is known when they have come.
+        """
+        if admission.is_free:
+            return
+        with self._read() as db:
+            try:
+                _admit(db, admission, least)
+            except (QuotaExceeded, QueueFull):
+                if not _exists(db, _recordings.c.size_bytes.between(least, most) & _inside(within)):
+                    raise
+
+    def held(self) -> dict[str, Held]:
+        """What each API key that uploaded anything, by its id, has in the library."""
+        uploader = _recordings.c.uploaded_by
+        query = sa.select(uploader, *_HELD).where(uploader.is_not(None)).group_by(uploader)
+        with self._read() as db:
+            return {key: Held(*held) for key, *held in db.execute(query)}
 
     def get(self, recording_id: str, *, within: Set[str] | None = None) -> Recording:
         """Raises RecordingNotFound, and AmbiguousId where several collections have such a one."""
@@ -672,9 +709,14 @@ class Catalog:
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        """Sole writer, durable when the block ends."""
-        with self._engine.connect().execution_options(clasp_write=True) as db, db.begin():
-            yield db
+        """Sole writer, durable when the block ends. Raises DiskFull, and nothing is written then."""
+        try:
+            with self._engine.connect().execution_options(clasp_write=True) as db, db.begin():
+                yield db
+        except sa.exc.OperationalError as error:
+            if _is_for_lack_of_room(error):
+                raise DiskFull("The disk that holds the catalogue is full.") from error
+            raise
 
     def _meant(self, wanted: Filter, status: str | None) -> sa.ColumnElement[bool]:
         """That a recording passes a filter and has that status, or any."""
@@ -1018,6 +1060,33 @@ def _retire_others(db: sa.Connection, model: StoredModel) -> None:
     alive = sa.select(_reindexing.c.model).where(_reindexing.c.lease_until > time.time())
     left = (_models.c.state == "coming") & (_models.c.fingerprint != model.fingerprint)
     _retire(db, left & _models.c.fingerprint.not_in(alive))
+
+
+_HELD = (
+    sa.func.count(),
+    sa.func.coalesce(sa.func.sum(_recordings.c.size_bytes), 0),
+    sa.func.coalesce(sa.func.sum(_recordings.c.duration_s), 0.0),
+)
+
+
+def _admit(db: sa.Connection, admission: Admission, size_bytes: int) -> None:
+    """Raises QuotaExceeded or QueueFull where one more recording, of so many bytes, is too much."""
+    if admission.is_counted:
+        row = db.execute(sa.select(*_HELD).where(_recordings.c.uploaded_by == admission.key)).one()
+        admission.quota.check(Held(*row), size_bytes)
+    if admission.max_pending:
+        waiting = sa.select(_recordings.c.key).where(_recordings.c.status == "pending")
+        if db.execute(waiting.limit(1).offset(admission.max_pending - 1)).first() is not None:
+            raise QueueFull(
+                f"{admission.max_pending} recordings are waiting to be embedded; send it again later."
+            )
+
+
+def _is_for_lack_of_room(error: sa.exc.OperationalError) -> bool:
+    """SQLITE_FULL, or PostgreSQL's class of it."""
+    cause = error.orig
+    code = getattr(cause, "sqlite_errorcode", None)
+    return code == sqlite3.SQLITE_FULL or getattr(cause, "sqlstate", None) == "53100"
 
 
 def _exists(db: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:

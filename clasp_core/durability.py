@@ -1,10 +1,13 @@
 """What survives a power cut: files put in place whole, folders that know of them; and who may write there."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from clasp_core.errors import DiskFull
 
 
 def place(temporary: Path, final: Path) -> None:
@@ -29,6 +32,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def needing_room() -> Iterator[None]:
+    """Raises DiskFull where the disk, or somebody's share of it, is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("The disk that holds the recordings is full.") from error
+        raise
 
 
 @contextmanager

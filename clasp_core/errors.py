@@ -28,6 +28,9 @@
     ├── VoiceUnavailable
     ├── BackupFailed
     ├── ProcessingFailed
+    ├── QuotaExceeded
+    ├── QueueFull
+    ├── DiskFull
     └── NotReady
 
 Each class has a stable `code`; it is what records and HTTP answers carry, and `app.errors` alone
@@ -207,6 +210,24 @@ class ProcessingFailed(ClaspError):
     """Processing failed for a reason on our side; sending the same bytes again tries anew."""
 
     code = "processing_failed"
+
+
+class QuotaExceeded(ClaspError):
+    """The key's uploads hold as much as they may; deleting some makes room."""
+
+    code = "quota_exceeded"
+
+
+class QueueFull(ClaspError):
+    """So many recordings wait to be embedded that no more are taken; the same call may succeed later."""
+
+    code = "queue_full"
+
+
+class DiskFull(ClaspError):
+    """There is no room for what was to be written; nothing of it was kept."""
+
+    code = "disk_full"
 
 
 class NotReady(ClaspError):

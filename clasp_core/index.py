@@ -227,13 +227,18 @@ class VectorIndex:
         (folder / "saving").touch()
         with suppress(_Saving), locked(folder / "saving", _Saving()):
             temporary = folder / "saving.faiss"
-            with self._lock.gen_rlock():
-                name = _file_name(*self.point)
-                self._store.write(temporary)
-                snapshot = Snapshot(
-                    1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
-                )
-            place(temporary, folder / name)
+            try:
+                with self._lock.gen_rlock():
+                    name = _file_name(*self.point)
+                    self._store.write(temporary)
+                    snapshot = Snapshot(
+                        1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
+                    )
+                place(temporary, folder / name)
+            finally:
+                temporary.unlink(
+                    missing_ok=True
+                )  # on a full disk, half of it would take the last of the room
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
             place(manifest, folder / SNAPSHOT_FILE)

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 
 from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
-from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
+from clasp_core.errors import (
+    ClaspError,
+    DiskFull,
+    InvalidAudio,
+    NotReady,
+    ProcessingFailed,
+    SilentAudio,
+)
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
@@ -36,6 +43,9 @@ T = TypeVar("T")
 LEASE_S: Seconds = 20.0
 AFTER_FAILURE_S: Seconds = 0.5
 """Pause after an unexpected error, so that trouble of the machine does not use up all attempts at once."""
+WITHOUT_ROOM_S: Seconds = 0.5
+"""Pause before what a full disk did not take is written again; ten times as long before more is leased, so
+that whoever has done the work writes it first."""
 TOGETHER = 8
 """Recordings leased, and segments embedded, at once."""
 
@@ -126,23 +136,48 @@ class Ingester:
         Raises DataMismatch where the library has another model by now.
         """
         model = self._library.model
-        leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
+        try:
+            leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
+        except DiskFull as error:
+            _log.warning("recordings wait for room on the disk", extra={"reason": error.detail})
+            self._stopping.wait(10 * WITHOUT_ROOM_S)
+            return 0
         if not leased:
             return 0
-        with _Heartbeat(lambda: self._queue.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
+        with _Heartbeat(self._extend, LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
+            except DiskFull:
+                return 0  # stopped before there was room; the leases run out
             except NotReady:
                 # the machine's trouble, not the recordings': they wait, and no attempt is counted
                 _log.exception("processing is not possible now")
-                self._queue.release(self.owner)
+                self._written(lambda: self._queue.release(self.owner))
                 return 0
             except Exception:
                 # counted against the recordings, which are tried alone from now on, a bounded number of times
                 _log.exception("processing failed", extra={"recordings": [item.id for item in leased]})
-                self._queue.release(self.owner, died=True)
+                self._written(lambda: self._queue.release(self.owner, died=True))
                 self._stopping.wait(AFTER_FAILURE_S)
         return len(leased)
+
+    def _written(self, write: Callable[[], T]) -> T:
+        """What `write` gives, once there is room for it: a full disk is no reason to lose what was made, or
+        to count an attempt. Raises DiskFull where this is to stop before."""
+        told = False
+        while True:
+            try:
+                return write()
+            except DiskFull as error:
+                if not told:
+                    _log.warning("results wait for room on the disk", extra={"reason": error.detail})
+                told = True
+                if self._stopping.wait(WITHOUT_ROOM_S):
+                    raise
+
+    def _extend(self) -> None:
+        with suppress(DiskFull):  # the lease runs out, but nobody else can be given it either
+            self._queue.extend_leases(self.owner, LEASE_S)
 
     def _process(self, jobs: list[_Job]) -> None:
         """Segments of all jobs flow through the encoder together, in order; memory holds two batches of them.
@@ -171,7 +206,7 @@ class Ingester:
             else:
                 for job in jobs[committed:]:
                     self._commit(job, timings)
-        self._queue.release(self.owner)
+        self._written(lambda: self._queue.release(self.owner))
         timings.audio = sum(job.samples for job in jobs) / SAMPLING_RATE
         self._observe(timings)
 
@@ -219,11 +254,14 @@ class Ingester:
             error = SilentAudio("Nothing can be heard in this recording.")
         if error is not None:
             _log.info("recording failed", extra={"recording": job.recording.id, "code": error.code})
-            self._queue.fail(key, self.owner, code=error.code, detail=error.detail)
+            code, detail = error.code, error.detail
+            self._written(lambda: self._queue.fail(key, self.owner, code=code, detail=detail))
             return False
         duration_s = job.samples / SAMPLING_RATE
-        done = self._queue.complete(
-            key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
+        done = self._written(
+            lambda: self._queue.complete(
+                key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
+            )
         )
         if done:
             extent = {"duration_s": round(duration_s, 2), "segments": len(job.segments)}
@@ -238,11 +276,12 @@ def embed_recording(
     max_duration_s: Seconds,
     segmenting: SegmentConfig | None = None,
     lang: str | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> list[EmbeddedSegment]:
     """The segments of one recording that belongs to no library, as an `Ingester` would embed them.
 
     `lang` is what is spoken, as an upload may say it, for an encoder that can use it. Raises InvalidAudio
-    where it cannot be decoded or nothing can be heard.
+    where it cannot be decoded or nothing can be heard; NotReady where, between two batches, it is `given_up`.
     """
     segments = recording_segments(
         encoder.picture_rate, recording, max_duration_s=max_duration_s, segmenting=segmenting
@@ -250,6 +289,8 @@ def embed_recording(
     embedded: list[EmbeddedSegment] = []
     with closing(_ahead(_batches(segments))) as batches:
         for batch in batches:
+            if given_up():
+                raise NotReady("Nobody waits for this recording any more.")
             embedded += _embed(encoder, batch, [lang] * len(batch))
     if not embedded:
         raise SilentAudio("Nothing can be heard in this recording.")

@@ -18,10 +18,11 @@ from typing import Any
 from uuid import uuid4
 
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
-from clasp_core.errors import DataMismatch, InvalidField
+from clasp_core.errors import DataMismatch, DiskFull, InvalidField
 from clasp_core.filters import Filter
 from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
+from clasp_core.limits import FREELY, Admission
 from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, Seconds, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
@@ -72,9 +73,10 @@ class Library:
         database_url: str | None = None,
         new_store: StoreMaker = FaissStore,
         reindex: bool = False,
+        min_free_bytes: int = 0,
     ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
-        `new_store` is where the index keeps them.
+        `new_store` is where the index keeps them; `min_free_bytes` are left on the disk by what arrives.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
@@ -82,7 +84,7 @@ class Library:
         """
         self.catalog = open_catalog(data_dir, database_url)
         self.model = model
-        self.store = AudioStore(data_dir / AUDIO_FOLDER)
+        self.store = AudioStore(data_dir / AUDIO_FOLDER, min_free_bytes)
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
@@ -116,14 +118,16 @@ class Library:
         metadata: Mapping[str, Any] | None = None,
         within: Set[str] | None = None,
         once: str | None = None,
+        admission: Admission = FREELY,
     ) -> tuple[Recording, bool]:
         """Keep a sealed upload. When this returns it survives any crash, and waits to be embedded.
 
         Returns (recording, created); the same bytes again in a collection give the first recording.
         `within` are the collections that the caller may see, the recording's among them; None means all.
         `once` names the request: sent again it does nothing, and gives what it gave (`catalog.register`).
-        Raises IdConflict (where one that can be seen has the id), InvalidField, InvalidLanguage or
-        IdempotencyMismatch.
+        `admission` says on what terms a new one is taken. Raises IdConflict (where one that can be seen has
+        the id), InvalidField, InvalidLanguage, IdempotencyMismatch, QuotaExceeded, QueueFull or DiskFull;
+        nothing is kept then.
         """
         new = NewRecording(
             id=check_name("id", recording_id) if recording_id is not None else str(uuid4()),
@@ -134,12 +138,17 @@ class Library:
             lang=canonical_tag(lang),
             metadata=_plain_json(metadata or {}),
         )
-        return self.catalog.register(
-            new,
-            lambda: self.store.place(upload),
-            within=within,
-            once=None if once is None else Once(once, _digest(new, recording_id)),
-        )
+        try:
+            return self.catalog.register(
+                new,
+                lambda: self.store.place(upload),
+                within=within,
+                once=None if once is None else Once(once, _digest(new, recording_id)),
+                admission=admission,
+            )
+        except DiskFull:  # perhaps of the row, when the bytes were in their place
+            self.catalog.sweep([upload.sha256], self.store.remove)
+            raise
 
     def amend(
         self,

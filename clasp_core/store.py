@@ -9,38 +9,53 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from clasp_core.durability import sync_folder
+from clasp_core.durability import needing_room, sync_folder
+from clasp_core.errors import DiskFull
 from clasp_core.types import Seconds
 
 
 class Upload:
     """Bytes being received: a temporary file, hashed while it is written.
 
-    Use as a context manager; what has not been placed in the store when it closes is removed.
+    Use as a context manager; what has not been placed in the store when it closes is removed. Every step
+    raises DiskFull where less than `min_free_bytes` would be left to others.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, min_free_bytes: int = 0) -> None:
         self.path = path
         self.size_bytes = 0
         self._hash = hashlib.sha256()
-        self._file = path.open("xb")
+        self._min_free_bytes = min_free_bytes
+        self._check_room()
+        with needing_room():
+            self._file = path.open("xb")
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        self._check_room()
+        with needing_room():
+            self._file.write(data)
         self._hash.update(data)
         self.size_bytes += len(data)
 
     def seal(self) -> None:
         """Everything written is on disk when this returns. Writing is over."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with needing_room():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _check_room(self) -> None:
+        if self._min_free_bytes and shutil.disk_usage(self.path.parent).free < self._min_free_bytes:
+            raise DiskFull(
+                f"The disk that holds the recordings has less than {self._min_free_bytes} bytes left."
+            )
 
     @property
     def sha256(self) -> str:
@@ -52,29 +67,37 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(
+            OSError
+        ):  # what it still holds is not wanted, and there may be no room for it
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
 class AudioStore:
     """Files `<root>/ab/cdef...` by sha256, and `<root>/incoming/` for what is still arriving."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
+        """`min_free_bytes` are left on the disk: for the catalogue, which must take what is made of
+        recordings, and that some are deleted."""
         self._root = root
+        self._min_free_bytes = min_free_bytes
         self._incoming = root / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
 
-    def receive(self) -> Upload:
-        return Upload(self._incoming / secrets.token_hex(16))
+    def receive(self, *, to_keep: bool = True) -> Upload:
+        """Raises DiskFull. What is not `to_keep`, but only looked at, may use the last of the room."""
+        return Upload(self._incoming / secrets.token_hex(16), self._min_free_bytes if to_keep else 0)
 
     def place(self, upload: Upload) -> None:
         """Give a sealed upload its final name, durably. The same bytes may be there already: they are then
         replaced, since to be quicker would tell that somebody has them."""
         target = self._path(upload.sha256)
-        target.parent.mkdir(exist_ok=True)
-        upload.path.rename(target)
-        sync_folder(target.parent)
-        sync_folder(self._root)
+        with needing_room():
+            target.parent.mkdir(exist_ok=True)
+            upload.path.rename(target)
+            sync_folder(target.parent)
+            sync_folder(self._root)
 
     def open(self, sha256: str) -> BinaryIO:
         """The stored bytes for reading. FileNotFoundError where there are none."""

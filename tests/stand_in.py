@@ -7,12 +7,31 @@ embeds hundreds of recordings a second, so that thousands of uploads, or hundred
 A recording that is asked with as sound is its own best hit; a text finds all, in an order without meaning.
 """
 
+import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from app import opening, workers
 from clasp_core.models import Model, Part
+from clasp_core.types import Embeddings, Waveform
 from tests.core.doubles import DIM, LetterTextEncoder, SpectralSpeechEncoder
+
+PAUSE_S = float(os.environ.get("STAND_IN_PAUSE_S", "0"))
+"""What each question, and each segment, takes: for tests of what happens meanwhile."""
+
+
+class SlowTextEncoder(LetterTextEncoder):
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        time.sleep(PAUSE_S * len(texts))
+        return super().encode(texts)
+
+
+class SlowSpeechEncoder(SpectralSpeechEncoder):
+    def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
+        time.sleep(PAUSE_S * len(waveforms))
+        return super().encode(waveforms, pictured)
 
 
 class StandIn:
@@ -24,11 +43,11 @@ class StandIn:
     fingerprint = "57a4d1457a4d1457"
     calibration_file: Path | None = None
 
-    def text_encoder(self) -> LetterTextEncoder:
-        return LetterTextEncoder()
+    def text_encoder(self) -> SlowTextEncoder:
+        return SlowTextEncoder()
 
-    def speech_encoder(self) -> SpectralSpeechEncoder:
-        return SpectralSpeechEncoder()
+    def speech_encoder(self) -> SlowSpeechEncoder:
+        return SlowSpeechEncoder()
 
     def parts(self) -> list[Part]:
         return []

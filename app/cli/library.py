@@ -61,7 +61,18 @@ def serve(
         )
     except OSError as error:
         fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
+    _allow_descriptors(2 * settings.max_connections + 512)
     Server(app, settings).run([listening])
+
+
+def _allow_descriptors(wanted: int) -> None:
+    """As far as the system lets us: without descriptors, searches fail before connections are refused."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _is_loopback(host: str) -> bool:

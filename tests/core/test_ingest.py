@@ -15,7 +15,7 @@ import pytest
 
 from clasp_core import ingest, sandbox
 from clasp_core.catalog import MAX_ATTEMPTS, EmbeddedSegment, Recording
-from clasp_core.errors import InvalidAudio, SilentAudio
+from clasp_core.errors import DiskFull, InvalidAudio, NotReady, SilentAudio
 from clasp_core.ingest import Ingester, Timings, embed_recording, mean_vector
 from clasp_core.library import Library, Question
 from clasp_core.models import SpeechEncoder, TextEncoder
@@ -264,6 +264,41 @@ def test_recordings_wait_while_no_decoder_can_be_started(
     assert state(library, "patient") == ("ready", None)
 
 
+class FullDisk:
+    """A library's catalogue on a disk that is full for the first calls of each kind."""
+
+    def __init__(self, library: Library, refusals: int) -> None:
+        self._catalog = library.catalog
+        self.left = dict.fromkeys(("lease", "complete", "fail", "release"), refusals)
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            if self.left.get(name, 0):
+                self.left[name] -= 1
+                raise DiskFull("The disk that holds the catalogue is full.")
+            return getattr(self._catalog, name)(*arguments, **more)
+
+        return call
+
+
+def test_what_finds_no_room_on_the_disk_waits(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is not the recordings' fault: nothing is embedded twice, no attempt is counted, and what
+    failed does so with its own reason."""
+    monkeypatch.setattr(ingest, "WITHOUT_ROOM_S", 0.01)
+    embedded = []
+    encoder = Watched(lambda waveforms: embedded.extend(waveforms))
+    upload(library, wav_bytes(), "good")
+    upload(library, b"no audio", "bad")
+    queue = FullDisk(library, refusals=2)
+    worker = Ingester(library, encoder, max_duration_s=MAX_DURATION_S, queue=queue)  # type: ignore[arg-type]
+    steps = [worker.step() for _ in range(4)]
+    assert steps == [0, 0, 2, 0]
+    assert not any(queue.left.values())
+    good, bad = library.catalog.get("good"), library.catalog.get("bad")
+    assert (good.status, bad.status, bad.error_code) == ("ready", "failed", "undecodable_audio")
+    assert (good.attempts, bad.attempts, len(embedded)) == (1, 1, 1)
+
+
 def test_work_that_another_took_over_is_not_committed(library: Library) -> None:
     """A worker that was thought dead finishes late: the recording is the other's by now."""
     upload(library, wav_bytes(), "one")
@@ -393,6 +428,16 @@ def test_it_reports_the_audio_it_worked_on(library: Library) -> None:
 
 
 # --- without a library
+
+
+def test_a_question_that_is_given_up_is_not_embedded_to_its_end(tmp_path: Path) -> None:
+    """Its asker has gone, and others wait for the model."""
+    batches: list[int] = []
+    encoder = Watched(lambda waveforms: batches.append(len(waveforms)))
+    content = io.BytesIO(encode(speech(300.0), 16_000))
+    with pytest.raises(NotReady):
+        embed_recording(encoder, content, max_duration_s=600, given_up=lambda: len(batches) == 2)
+    assert len(batches) == 2
 
 
 def test_embedding_one_recording_needs_no_library(tmp_path: Path) -> None:
