@@ -69,7 +69,9 @@ class Service:
             {
                 "index": self._why_not_current,
                 "data_dir": lambda: why_not_writable(settings.data_dir),
-                "disk": lambda: why_too_full(settings.data_dir, settings.max_upload_bytes),
+                "disk": lambda: why_too_full(
+                    settings.data_dir, settings.min_free_bytes + settings.max_upload_bytes
+                ),
             },
             stopping=frozenset({"index"}),
         )
