@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import anyio
 import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BeforeValidator
 from starlette.concurrency import run_in_threadpool
@@ -176,7 +176,7 @@ def get_recording(
     summary="The uploaded bytes",
     response_class=FileResponse,
     responses={
-        200: {"content": {"audio/*": _BINARY}},
+        200: {"content": {"audio/*": _BINARY, "application/octet-stream": _BINARY}},
         206: {"description": "The byte range that was asked for."},
         304: {"description": "The client has these bytes: the ETag is one that `If-None-Match` names."},
     },
@@ -331,7 +331,7 @@ async def ready(service: ServiceHere) -> Response:
     return JSONResponse({"status": "ready", "model": service.model.fingerprint})
 
 
-@operations.get("/metrics", summary="Prometheus metrics")
+@operations.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 def metrics(service: ServiceHere, _: Admin) -> Response:
     service.observe_library()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
