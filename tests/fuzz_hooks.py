@@ -41,14 +41,6 @@ def before_load_schema(context: schemathesis.HookContext, description: dict[str,
                 operation["security"].remove({})
 
 
-@schemathesis.hook
-def flatmap_body(context: schemathesis.HookContext, body: Any) -> st.SearchStrategy[Any]:
-    """Forms carry a recording mostly: random bytes never get past the decoder."""
-    if isinstance(body, dict) and "file" in body:
-        return st.one_of(recordings.map(lambda file: body | {"file": file}), st.just(body))
-    return st.just(body)
-
-
 PLAUSIBLE = {
     "id": ["a", "b", "c", "seed-0", "seed-2"],
     "collection": ["default", "tenant", "other", "new"],
@@ -59,25 +51,39 @@ PLAUSIBLE = {
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
-    """In requests that are to be right, half of the words that the description leaves open get plausible."""
-    if case.meta is None or not case.meta.generation.mode.is_positive or case.path_parameters:
-        return  # not in chains of calls: they say themselves where what they made is
-    choice = random.Random(repr((case.query, case.body)))
-    for words in (case.query, case.body):
-        _make_plausible(words, choice)
+def filter_query(context: schemathesis.HookContext, query: Any) -> bool:
+    """A parameter left empty, as an HTML form sends it, is one not given: it violates nothing."""
+    return "" not in (query or {}).values()
 
 
-def _make_plausible(value: Any, choice: random.Random) -> None:
+@schemathesis.hook
+def map_query(context: schemathesis.HookContext, query: Any) -> Any:
+    if "{" in context.operation.path:
+        return query  # chains of calls say themselves where what they made is
+    return _plausible(query, random.Random(repr(query)))
+
+
+@schemathesis.hook
+def flatmap_body(context: schemathesis.HookContext, body: Any) -> st.SearchStrategy[Any]:
+    """Forms carry a recording mostly: random bytes never get past the decoder."""
+    body = _plausible(body, random.Random(repr(body)))
+    if isinstance(body, dict) and "file" in body:
+        return st.one_of(recordings.map(lambda file: body | {"file": file}), st.just(body))
+    return st.just(body)
+
+
+def _plausible(value: Any, choice: random.Random) -> Any:
+    """Half of the short words that the description leaves open become such as somebody would send."""
     if isinstance(value, list):
-        for item in value:
-            _make_plausible(item, choice)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if isinstance(item, str) and name in PLAUSIBLE and choice.random() < 0.5:
-                value[name] = choice.choice(PLAUSIBLE[name])
-            else:
-                _make_plausible(item, choice)
+        return [_plausible(item, choice) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: choice.choice(PLAUSIBLE[name])
+        if name in PLAUSIBLE and isinstance(item, str) and len(item) <= 128 and choice.random() < 0.5
+        else _plausible(item, choice)
+        for name, item in value.items()
+    }
 
 
 @schemathesis.check

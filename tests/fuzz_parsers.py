@@ -3,9 +3,9 @@
     pip install 'clasp-search[fuzz]'
     python -m tests.fuzz_parsers form --seconds 600
 
-Targets are those of tests/fuzz_targets.py. Atheris (libFuzzer) looks for inputs that reach new lines of our Python
-and of what parses for us; `decode` goes by seed only, since the decoders are C in other processes. An input that fails is
-written to crash-* and repeated by `python -m tests.fuzz_parsers TARGET FILE`.
+Targets are those of tests/fuzz_targets.py. Atheris (libFuzzer) looks for inputs that reach new lines of our
+Python and of what parses for us; `decode` goes by seed only, since the decoders are C in other processes. An
+input that fails is written to crash-* and repeated by `python -m tests.fuzz_parsers TARGET FILE`.
 """
 
 import argparse

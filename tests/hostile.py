@@ -46,8 +46,8 @@ RESIDENT_MIB = 1024
 """What all processes of the service may hold together, decoders included; docs/security.md says so."""
 MAX_DURATION_S = 600.0
 WITHIN_S = 60 + MAX_DURATION_S / 2
-"""From an upload to its end: what the sandbox grants one decoder (`sandbox.decode`), though others may be before
-it in the queue."""
+"""From an upload to its end: what the sandbox grants one decoder (`sandbox.decode`), though others may be
+before it in the queue."""
 CLIENTS = 8
 NAMES = (
     "../../../etc/passwd",
@@ -410,7 +410,7 @@ def attack(folder: Path, *, count: int, seed: int) -> dict[str, Any]:
                 if answer.status_code >= 500:
                     complaints.append(f"{hostile.family} {number} as a question: {answer.text[:200]}")
 
-        with MemoryWatch(service, 0.02) as memory, ThreadPoolExecutor(CLIENTS + 1) as pool:
+        with MemoryWatch(service, 0.05) as memory, ThreadPoolExecutor(CLIENTS + 1) as pool:
             asking = pool.submit(search)
             try:
                 list(pool.map(send, enumerate(files(count, seed))))
