@@ -167,10 +167,17 @@ class _Bugs:
             await problem("internal_error", detail)(scope, receive, send)
 
 
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+
+
 def _methods(request: Request) -> list[str]:
-    """All that an address has (RFC 9110, 10.2.1): routes are one for each method, and know their own only."""
-    matching = (r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE)
-    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
+    """All that an address has (RFC 9110, 10.2.1): a route is for one method, and knows no other."""
+    return [method for method in _METHODS if _has(request, method)]
+
+
+def _has(request: Request, method: str) -> bool:
+    asked = {**request.scope, "method": method}
+    return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:

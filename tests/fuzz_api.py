@@ -4,8 +4,8 @@
 
 A service with keys and the stand-in model is asked by four of them in turn: read and write, admin, one for a
 single collection, one that may only read. Each round is a run of Schemathesis with a seed of its own, through
-its phases (boundary values, random requests, chains of calls: upload, record, content, deletion), with those of
-its checks that hold here (tests/schemathesis.toml) and ours (tests/fuzz_hooks.py). What is described is asked.
+its phases (boundary values, random requests, and chains of calls: upload, record, content, deletion), with
+those of its checks that hold here (tests/schemathesis.toml) and ours (tests/fuzz_hooks.py).
 
 A line for each round as it ends, and a JSON summary; failures in Schemathesis' own words, with a command that
 repeats each. Exit status 1 where anything failed, a worker died, or the log tells of a bug.
