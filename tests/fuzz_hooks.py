@@ -53,7 +53,7 @@ PLAUSIBLE = {
 @schemathesis.hook
 def filter_query(context: schemathesis.HookContext, query: Any) -> bool:
     """A parameter left empty, as an HTML form sends it, is one not given: it violates nothing."""
-    return "" not in (query or {}).values()
+    return not any(item in ("", [], [""]) for item in (query or {}).values())
 
 
 @schemathesis.hook
