@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.telemetry import request_id
@@ -152,7 +153,7 @@ def install(app: FastAPI) -> None:
         return problem("invalid_input", f"Not acceptable: {fields}.", errors=errors)
 
     @app.exception_handler(HTTPException)
-    async def _starlette(_: Request, error: HTTPException) -> JSONResponse:
+    async def _starlette(request: Request, error: HTTPException) -> JSONResponse:
         codes = {
             404: "not_found",
             405: "method_not_allowed",
@@ -162,7 +163,9 @@ def install(app: FastAPI) -> None:
         code = codes.get(
             error.status_code, "malformed_request" if error.status_code < 500 else "internal_error"
         )
-        headers = dict(error.headers) if error.headers else None
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request))
         return problem(code, str(error.detail), status=error.status_code, headers=headers)
 
     app.add_middleware(_Bugs)
@@ -194,6 +197,19 @@ class _Bugs:
             _log.error("unexpected error", exc_info=error)
             detail = "An unexpected error occurred. This is a bug; the log has the details."
             await problem("internal_error", detail)(scope, receive, send)
+
+
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+
+
+def _methods(request: Request) -> list[str]:
+    """All that an address has (RFC 9110, 10.2.1): a route is for one method, and knows no other."""
+    return [method for method in _METHODS if _has(request, method)]
+
+
+def _has(request: Request, method: str) -> bool:
+    asked = {**request.scope, "method": method}
+    return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:

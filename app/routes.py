@@ -13,7 +13,7 @@ import orjson
 import structlog
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -297,7 +297,7 @@ async def patch_recording(
     summary="The uploaded bytes",
     response_class=FileResponse,
     responses={
-        200: {"content": {"audio/*": _BINARY}},
+        200: {"content": {"audio/*": _BINARY, "application/octet-stream": _BINARY}},
         206: {"description": "The byte range that was asked for."},
         304: {"description": "The client has these bytes: the ETag is one that `If-None-Match` names."},
     },
@@ -477,7 +477,7 @@ async def ready(service: ServiceHere) -> Response:
     return JSONResponse({"status": "ready", "model": service.model.fingerprint} | members)
 
 
-@operations.get("/metrics", summary="Prometheus metrics")
+@operations.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 def metrics(service: ServiceHere, _: Admin) -> Response:
     service.observe()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,5 +1,6 @@
 """The shapes of requests and answers, as the API description shows them."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -283,12 +284,18 @@ class DeletionAnswer(BaseModel):
     more: Annotated[bool, Field(description="Whether there are some still: call again.")]
 
 
+def _number_or_auto(given: object, number: Callable[[object], float]) -> object:
+    if isinstance(given, bool):  # which pydantic takes for 0 or 1
+        raise ValueError("Input should be a number or auto")
+    return given if given == "auto" else number(given)
+
+
 class _NumberOrAuto:
     """One type to pydantic, whose errors then point at the field and not into a union."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_wrap_validator_function(
-            lambda given, number: given if given == "auto" else number(given),
+            _number_or_auto,
             core_schema.float_schema(ge=-1, le=1),
         )
 

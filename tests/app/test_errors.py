@@ -70,9 +70,12 @@ def test_every_error_has_the_one_form(
 
 
 def test_a_wrong_method_is_told_a_right_one(service: RunningService) -> None:
-    """RFC 9110 asks for `Allow` with every 405."""
-    assert "GET" in service.client.delete("/search").headers["allow"]
+    """RFC 9110 asks for `Allow` with every 405, and for all methods in it."""
+    assert service.client.delete("/search").headers["allow"] == "GET, POST"
     assert service.client.put("/search/audio").headers["allow"] == "POST"
+    for path in ("/audio/x", "/v1/audio/x"):
+        assert {"GET", "DELETE"} <= set(service.client.put(path).headers["allow"].split(", "))
+    assert service.client.put("/audio/x/content").headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("body", ["", "{", '{"q": }', "q=a", "\x00", '{"q": "a"', "[" * 100_000, "\xff\xfe"])

@@ -1,0 +1,142 @@
+"""What reads strangers' bytes, one function each: it takes any bytes, and raises only where there is a bug.
+
+The suite calls them with what Hypothesis makes up, `python -m tests.fuzz_parsers` with what covers new code.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from app.errors import STATUS_OF, HttpError
+from app.routes import MAX_WAIT_S, _metadata, _preferred_wait
+from app.schemas import SearchBody, SearchesBody, filter_of
+from app.uploads import FILE_FIELDS, _FormSink, _media_type
+from clasp_core import sandbox
+from clasp_core.errors import InvalidAudio, InvalidField, InvalidLanguage
+from clasp_core.language import MAX_TAG_LENGTH, canonical_tag
+from clasp_core.library import _decode_cursor, _plain_json, check_name
+from tests.hostile import FAMILIES
+
+BOUNDARY = b"b0undary"
+_bodies: TypeAdapter[SearchBody | SearchesBody] = TypeAdapter(SearchBody | SearchesBody)
+
+
+def cursor(data: bytes) -> None:
+    """A place in a list, or InvalidField; no name in it that a database could choke on."""
+    with contextlib.suppress(InvalidField):
+        place = _decode_cursor(data.decode("utf-8", "replace"))
+        check_name("id", place.id)
+        check_name("collection", place.collection)
+        assert place.created_at.tzinfo is None
+
+
+def tag(data: bytes) -> None:
+    """A canonical tag, which is its own, or InvalidLanguage."""
+    text = data.decode("utf-8", "replace")
+    with contextlib.suppress(InvalidLanguage):
+        canonical = canonical_tag(text)
+        assert len(text) <= MAX_TAG_LENGTH
+        assert canonical == canonical_tag(canonical)
+
+
+def metadata(data: bytes) -> None:
+    """A JSON object that can be stored and answered, or InvalidField."""
+    with contextlib.suppress(InvalidField):
+        value = _metadata(data.decode("utf-8", "replace"))
+        assert json.loads(json.dumps(_plain_json(value), allow_nan=False)) == value
+
+
+def search_body(data: bytes) -> None:
+    """Questions with filters that can be compared and kept in a set, or what FastAPI turns into a 422."""
+    with contextlib.suppress(ValidationError):
+        body = _bodies.validate_json(data)
+        for question in [body] if isinstance(body, SearchBody) else body.queries:
+            hash(filter_of(question.filter, None))
+            question.q.encode()
+
+
+def wait(data: bytes) -> None:
+    """Seconds within bounds, or nothing: `Prefer` never refuses a request."""
+    seconds = _preferred_wait(data.decode("latin-1"))
+    assert seconds is None or 0 <= seconds <= MAX_WAIT_S
+
+
+def form(data: bytes) -> None:
+    """A multipart body says the same in whatever pieces it arrives. The first bytes say where it is cut."""
+    cuts, body = data[:8], data[8:]
+    whole = _parsed([body])
+    assert _parsed([bytes([byte]) for byte in body]) == whole
+    places = sorted({cut * len(body) // 255 for cut in cuts} | {0, len(body)})
+    assert _parsed([body[a:b] for a, b in itertools.pairwise(places)]) == whole
+
+
+def _parsed(pieces: Sequence[bytes]) -> Any:
+    """The fields, the recording's bytes and whether there is one; or the error's code."""
+    try:
+        sink = _FormSink(BOUNDARY)
+        for piece in pieces:
+            sink.feed(piece)
+        sink.end()
+    except HttpError as error:
+        return STATUS_OF[error.code], error.code
+    assert not set(sink.fields) & set(FILE_FIELDS)
+    content = sink.take()
+    return sink.fields, content, _media_type(content[:16])
+
+
+def decode(data: bytes) -> None:
+    """A hostile file, which the bytes choose, is sound or InvalidAudio in time, and the sandbox lives on."""
+    rng = np.random.default_rng(list(data or b"\0"))
+    content = FAMILIES[int(rng.integers(len(FAMILIES)))](rng)
+    began = time.monotonic()
+    decode_bytes(content)
+    assert time.monotonic() - began < 60
+
+
+def decode_bytes(content: bytes) -> None:
+    """Samples that add up, or InvalidAudio with a code."""
+    with contextlib.suppress(InvalidAudio):
+        stream = sandbox.decode(io.BytesIO(content), max_duration_s=60, deadline_s=30)
+        total = 0
+        for block in stream:
+            assert block.dtype == np.float32
+            assert np.isfinite(block).all()
+            total += len(block)
+        assert abs(stream.info.duration_s * 16_000 - total) < 2
+        assert total <= 60 * 16_000 + 1
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "cursor": cursor,
+    "tag": tag,
+    "metadata": metadata,
+    "search-body": search_body,
+    "wait": wait,
+    "form": form,
+    "decode": decode,
+}
+SEEDS: dict[str, list[bytes]] = {
+    "cursor": [b"WyIyMDI2LTAxLTAxVDAwOjAwOjAwIiwgImEiLCAiYiJd"],
+    "tag": [b"zh-Hans-CN", b"en-GB-oed", b"de-1996-u-co-phonebk-x-a"],
+    "metadata": [b'{"a": [1, 2.5, null, {"b": "c"}]}'],
+    "search-body": [
+        b'{"q": "bees", "limit": 3, "min_score": "auto", "filter": {"lang": "fa", "metadata": {"a": 1}}}',
+        b'{"queries": [{"q": "bees", "collection": "a", "min_score": -0.5}]}',
+    ],
+    "wait": [b"respond-async, wait=30; x=y"],
+    "form": [
+        b"\x10\x40\x80\xc0\xe0\xf0\xf8\xff--b0undary\r\n"
+        b'Content-Disposition: form-data; name="id"\r\n\r\na\r\n--b0undary\r\n'
+        b'Content-Disposition: form-data; name="file"; filename="x.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+        b"RIFF\r\n--b0undar\r\n--b0undary--\r\n"
+    ],
+    "decode": [b"\0", b"\1"],
+}
+"""What is right, to begin with."""
