@@ -5,10 +5,12 @@ rules of their own (`app.uploads`): they may take long, as long as they go on.
 """
 
 import asyncio
+import http
 import math
 from typing import Any
 
 import anyio
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -127,6 +129,10 @@ class Connection(HttpToolsProtocol):
             self._await_head()
         super().data_received(data)
 
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_NOT_HTTP)
+        self.transport.close()
+
     def on_headers_complete(self) -> None:
         _stop(self._asking)
         self._asking = None
@@ -154,12 +160,18 @@ def _stop(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def _as_bytes() -> bytes:
-    answer = problem(
-        "not_ready", "Too many connections; try again in a moment.", headers={"Connection": "close"}
-    )
+def _as_bytes(answer: Response) -> bytes:
+    phrase = http.HTTPStatus(answer.status_code).phrase.encode()
     head = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
-    return b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%b" % (head, bytes(answer.body))
+    return b"HTTP/1.1 %d %b\r\n%b\r\n%b" % (answer.status_code, phrase, head, bytes(answer.body))
 
 
-_REFUSAL = _as_bytes()
+_CLOSE = {"Connection": "close"}
+_REFUSAL = _as_bytes(problem("not_ready", "Too many connections; try again in a moment.", headers=_CLOSE))
+_NOT_HTTP = _as_bytes(
+    problem(
+        "malformed_request",
+        "This is no HTTP request, or its address has 64 KiB or more.",
+        headers=_CLOSE,
+    )
+)

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import anyio
 import orjson
 import structlog
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
@@ -40,7 +40,7 @@ from app.schemas import (
     SearchAnswer,
     SearchAnswers,
     SearchBody,
-    SearchesBody,
+    Searching,
     Status,
 )
 from app.service import Service
@@ -78,9 +78,13 @@ OptionalStatus = Annotated[Status | None, _EMPTY_IS_ABSENT]
 OptionalScore = Annotated[MinScore | None, Query(description=MIN_SCORE), _EMPTY_IS_ABSENT]
 
 GroupBy = Annotated[Grouping, Query(description=GROUP_BY)]
+# Where a header is given several times, all of it counts (or is refused), but clients need not know of that.
+_AS_TEXT = WithJsonSchema({"type": "string"})
+IfNoneMatch = Annotated[list[str] | None, Header(), _AS_TEXT]
 IfMatch = Annotated[
     list[str] | None,
     Header(description="Only if the record's `ETag` is one of these; else 412 `precondition_failed`."),
+    _AS_TEXT,
 ]
 IDEMPOTENCY_KEY = (
     "A name for this upload: sent again within 24 hours, with the same recording and fields, it does nothing"
@@ -88,7 +92,7 @@ IDEMPOTENCY_KEY = (
 )
 MERGE_PATCH_TYPES = ("application/merge-patch+json", "application/json")
 _ETAG = {"ETag": {"description": "Changes whenever the record does.", "schema": {"type": "string"}}}
-Body = TypeVar("Body", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 _FORM_FIELDS = {
     "id": {"type": "string", "description": "The recording's id; by default a new UUID."},
@@ -150,7 +154,7 @@ async def upload_recording(
     collection: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     metadata: Annotated[str | None, Query(description="With a raw body; else a form field.")] = None,
     prefer: Annotated[str | None, Header(description="`wait=SECONDS` (RFC 7240), at most 60.")] = None,
-    idempotency_key: Annotated[list[str] | None, Header(description=IDEMPOTENCY_KEY)] = None,
+    idempotency_key: Annotated[list[str] | None, Header(description=IDEMPOTENCY_KEY), _AS_TEXT] = None,
 ) -> Response:
     wait_s = _preferred_wait(prefer)
     once = operation_name(grant.name, idempotency_key or [])
@@ -198,7 +202,21 @@ async def upload_recording(
     return _json(RecordingBody.of(recording), status, headers)
 
 
-@api.get("/audio", summary="List recordings, newest first")
+@api.get(
+    "/audio",
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "filter",
+                "in": "query",
+                "description": "What `filter` of `POST /search` takes; the same for every page. An address has"
+                " less than 64 KiB: what is longer can only be searched by.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FilterBody"}}},
+            }
+        ]
+    },
+    summary="List recordings, newest first",
+)
 def list_recordings(
     service: ServiceHere,
     grant: Reader,
@@ -206,11 +224,7 @@ def list_recordings(
     status: OptionalStatus = None,
     limit: Annotated[int, Query(ge=1, le=MAX_HITS)] = 100,
     cursor: str | None = None,
-    filter: Annotated[
-        str | None,
-        Query(description="What `filter` of `POST /search` takes, as JSON; the same for every page."),
-        _EMPTY_IS_ABSENT,
-    ] = None,
+    filter: Annotated[str | None, Query(include_in_schema=False), _EMPTY_IS_ABSENT] = None,
 ) -> RecordingPage:
     wanted = None if filter is None else _parsed(FilterBody, filter, "query", "filter")
     within = visible(grant, collection)
@@ -226,6 +240,7 @@ def list_recordings(
 
 @api.post("/audio/delete", summary="Forget recordings by a filter")
 def delete_recordings(service: ServiceHere, grant: Writer, body: DeletionBody) -> DeletionAnswer:
+    body.check()
     library = service.library
     wanted = schemas.filter_of(body.filter, visible(grant, body.collection))
     matched = library.catalog.count(wanted, status=body.status)
@@ -247,7 +262,7 @@ def get_recording(
     grant: Reader,
     id: str,
     collection: Collection = None,
-    if_none_match: Annotated[list[str] | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     answer = _record(service.library.catalog.get(id, within=visible(grant, collection)))
     if is_among(etag := answer.headers["ETag"], if_none_match or []):
@@ -308,7 +323,7 @@ def get_content(
     grant: Reader,
     id: str,
     collection: Collection = None,
-    if_none_match: Annotated[list[str] | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     recording = service.library.catalog.get(id, within=visible(grant, collection))
     etag = f'"{recording.sha256}"'
@@ -380,7 +395,7 @@ async def search(
 
 @api.post("/search", summary="One question with filters, or several questions")
 async def search_json(
-    service: ServiceHere, grant: Reader, body: SearchBody | SearchesBody
+    service: ServiceHere, grant: Reader, body: Annotated[Searching, Body()]
 ) -> SearchAnswer | SearchAnswers:
     if isinstance(body, SearchBody):
         return await _answer(service, grant, body)
@@ -503,7 +518,7 @@ def _check(recording: Recording, if_match: list[str] | None) -> None:
         require(_record(recording).headers["ETag"], if_match)
 
 
-def _parsed(model: type[Body], text: str | bytes, *place: str) -> Body:
+def _parsed(model: type[Parsed], text: str | bytes, *place: str) -> Parsed:
     """JSON as one of our bodies; errors are told as FastAPI tells its own, with their place in the
     request."""
     try:

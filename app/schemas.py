@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
-    model_validator,
+    WrapValidator,
     with_config,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from app.answering import Answer
 from clasp_core.calibration import calibration_of
 from clasp_core.catalog import Recording
-from clasp_core.errors import NotCalibrated
+from clasp_core.errors import InvalidField, NotCalibrated
 from clasp_core.filters import Bound, Condition, Filter
 from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag
@@ -35,7 +35,6 @@ MAX_QUERY_CHARACTERS = 2000
 MAX_QUERIES = 100
 MAX_FILTER_VALUES = 1000
 MAX_DELETED = 10_000
-T = TypeVar("T")
 
 
 class RecordingError(BaseModel):
@@ -133,19 +132,43 @@ class RecordingPage(BaseModel):
     next_cursor: Annotated[str | None, Field(description="Give it as `cursor` for the next page.")]
 
 
+class Either:
+    """A union of two as one type: of which form a value is meant to be, `is_second` sees, and errors are told
+    of that form alone. Where they are has no step for the union, so that pointers lead into what was sent."""
+
+    def __init__(self, is_second: Callable[[object], bool]) -> None:
+        self._is_second = is_second
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        first, second = map(TypeAdapter, get_args(source))
+        return core_schema.no_info_wrap_validator_function(
+            lambda given, _: (second if self._is_second(given) else first).validate_python(given),
+            handler(source),  # describes both
+        )
+
+
 _FilterText = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
 """A stated length also makes pydantic look at the characters, and refuse lone surrogates."""
 
 
 _FilterNumber = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-_FilterValue = _FilterText | _FilterNumber | bool
-_FilterOrder = _FilterText | _FilterNumber
 
 
-def _some(operators: T) -> T:
-    if not operators:
-        raise PydanticCustomError("no_operator", "Give at least one operator")
-    return operators
+def _one_of(kinds: str) -> WrapValidator:
+    """One error, instead of one of each member of a union."""
+
+    def validate(given: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(given)
+        except ValidationError:
+            raise PydanticCustomError("no_value", "Give {kinds}", {"kinds": kinds}) from None
+
+    return WrapValidator(validate)
+
+
+_A_TEXT = f"a text of at most {MAX_QUERY_CHARACTERS} characters"
+_FilterValue = Annotated[_FilterText | _FilterNumber | bool, _one_of(f"{_A_TEXT}, a number, true or false")]
+_FilterOrder = Annotated[_FilterText | _FilterNumber, _one_of(f"{_A_TEXT}, or a number")]
 
 
 def _moment(given: object) -> object:
@@ -166,6 +189,7 @@ _Moment = Annotated[
 _Length = Annotated[float, Field(allow_inf_nan=False)]
 
 _STRICT = with_config(ConfigDict(extra="forbid"))
+_STRICT_SOME = with_config(ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1}))
 Operators = TypedDict(
     "Operators",
     {
@@ -183,11 +207,11 @@ Operators = TypedDict(
 OneOf = TypedDict(
     "OneOf", {"in": Annotated[list[_FilterText], Field(min_length=1, max_length=MAX_FILTER_VALUES)]}
 )
-_STRICT(Operators)
+_STRICT_SOME(Operators)
 _STRICT(OneOf)
 
 
-@_STRICT
+@_STRICT_SOME
 class Times(TypedDict, total=False):
     gt: _Moment
     gte: _Moment
@@ -195,7 +219,7 @@ class Times(TypedDict, total=False):
     lte: _Moment
 
 
-@_STRICT
+@_STRICT_SOME
 class Lengths(TypedDict, total=False):
     gt: _Length
     gte: _Length
@@ -203,18 +227,16 @@ class Lengths(TypedDict, total=False):
     lte: _Length
 
 
-def _form(given: object) -> str:
-    """Of which member of a union the errors are to be told."""
-    return "operators" if isinstance(given, dict) else "value"
+def _some(given: object) -> object:
+    if given == {}:
+        raise PydanticCustomError("no_operator", "Give at least one operator")
+    return given
 
 
-_NameOrSeveral: TypeAlias = Annotated[
-    Annotated[_FilterText, Tag("value")] | Annotated[OneOf, Tag("operators")], Discriminator(_form)
-]
-_ValueOrOperators: TypeAlias = Annotated[
-    Annotated[_FilterValue, Tag("value")] | Annotated[Operators, AfterValidator(_some), Tag("operators")],
-    Discriminator(_form),
-]
+_SOME = BeforeValidator(_some)
+_OR_OPERATORS = Either(lambda given: isinstance(given, dict))
+_NameOrSeveral: TypeAlias = Annotated[_FilterText | OneOf, _OR_OPERATORS]
+_ValueOrOperators: TypeAlias = Annotated[_FilterValue | Annotated[Operators, _SOME], _OR_OPERATORS]
 
 
 class FilterBody(BaseModel):
@@ -229,11 +251,9 @@ class FilterBody(BaseModel):
             description="What is spoken, as the record says it: a tag, compared whole, or `in` with several."
         ),
     ] = None
-    created_at: Annotated[
-        Annotated[Times, AfterValidator(_some)] | None, Field(description="When it was uploaded.")
-    ] = None
+    created_at: Annotated[Annotated[Times, _SOME] | None, Field(description="When it was uploaded.")] = None
     duration_s: Annotated[
-        Annotated[Lengths, AfterValidator(_some)] | None,
+        Annotated[Lengths, _SOME] | None,
         Field(description="How long it is; only recordings that have been embedded have a length."),
     ] = None
     metadata: Annotated[
@@ -266,16 +286,14 @@ class DeletionBody(BaseModel):
         MAX_DELETED
     )
 
-    @model_validator(mode="after")
-    def _is_meant(self) -> "DeletionBody":
+    def check(self) -> None:
+        """InvalidField where it says neither which nor all, or both: a script's variable was empty, say."""
         if self.all != (self.filter == FilterBody() and self.status is None):
-            raise PydanticCustomError(
-                "not_meant",
-                "Give a filter or a status; or, to delete everything, `all` alone"
-                if not self.all
-                else "`all` is everything: give no filter and no status with it",
+            raise InvalidField(
+                "`all` is everything: give no filter and no status with it."
+                if self.all
+                else "Give a filter or a status; or, to delete everything, `all` alone."
             )
-        return self
 
 
 class DeletionAnswer(BaseModel):
@@ -340,6 +358,11 @@ class SearchesBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     queries: Annotated[list[SearchBody], Field(min_length=1, max_length=MAX_QUERIES)]
+
+
+Searching: TypeAlias = Annotated[
+    SearchBody | SearchesBody, Either(lambda given: isinstance(given, dict) and "queries" in given)
+]
 
 
 class ReadyBody(BaseModel):

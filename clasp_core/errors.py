@@ -69,7 +69,7 @@ class InvalidLanguage(InvalidInput):
 
 
 class InvalidField(InvalidInput):
-    """An id, collection name, metadata object, cursor or number outside its stated form."""
+    """An id, collection name, metadata object, cursor, number or deletion outside its stated form."""
 
     code = "invalid_field"
 

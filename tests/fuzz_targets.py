@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from app.errors import STATUS_OF, HttpError
 from app.routes import MAX_WAIT_S, _metadata, _preferred_wait
-from app.schemas import SearchBody, SearchesBody, filter_of
+from app.schemas import SearchBody, SearchesBody, Searching, filter_of
 from app.uploads import FILE_FIELDS, _FormSink, _media_type
 from clasp_core import sandbox
 from clasp_core.errors import InvalidAudio, InvalidField, InvalidLanguage
@@ -25,7 +25,7 @@ from clasp_core.library import _decode_cursor, _plain_json, check_name
 from tests.hostile import FAMILIES
 
 BOUNDARY = b"b0undary"
-_bodies: TypeAdapter[SearchBody | SearchesBody] = TypeAdapter(SearchBody | SearchesBody)
+_bodies: TypeAdapter[SearchBody | SearchesBody] = TypeAdapter(Searching)
 
 
 def cursor(data: bytes) -> None:

@@ -505,6 +505,17 @@ def test_what_failed_can_be_cleared_away(service: RunningService, collection: st
         {"all": False},
         {"all": True, "filter": {"lang": "fa"}},
         {"all": True, "status": "failed"},
+    ],
+    ids=json.dumps,
+)
+def test_an_empty_filter_deletes_nothing(service: RunningService, body: Any) -> None:
+    """The mistake of a script whose variable was empty; everything is deleted by those who say so only."""
+    check_problem(service.client.post("/audio/delete", json=body), 422, "invalid_field")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
         {"all": 1},
         {"all": "true"},
         {"all": True, "limit": 0},
@@ -516,8 +527,8 @@ def test_what_failed_can_be_cleared_away(service: RunningService, collection: st
     ],
     ids=json.dumps,
 )
-def test_an_empty_filter_deletes_nothing(service: RunningService, body: Any) -> None:
-    """The mistake of a script whose variable was empty; everything is deleted by those who say so only."""
+def test_a_deletion_of_another_form_deletes_nothing(service: RunningService, body: Any) -> None:
+    """A misspelt `dry_run` deletes, and a misspelt `limit` deletes all."""
     check_problem(service.client.post("/audio/delete", json=body), 422, "invalid_input")
 
 

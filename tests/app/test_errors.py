@@ -89,6 +89,40 @@ def test_what_is_not_json_is_malformed(service: RunningService, body: str) -> No
         check_problem(answer, 422, "invalid_input")
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"x\r\n\r\n", b"GET /audio?filter=%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 65_536)],
+    ids=["no HTTP", "long"],
+)
+def test_what_is_no_request_has_the_form_too(service: RunningService, head: bytes) -> None:
+    """A filter that is too long for an address is met by honest clients; uvicorn answers it in plain text."""
+    told, _, body = service.raw(head).partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"\r\ncontent-type: application/problem+json" in told
+    assert json.loads(body)["code"] == "malformed_request"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"queries": [{"q": "a"}, {"q": "a", "filter": {"duration_s": {}}}]}, "/queries/1/filter/duration_s"),
+        ({"queries": [{"q": "a"}], "limit": 3}, "/limit"),
+        ({"queries": 3}, "/queries"),
+        ({"q": "a", "filter": {"metadata": {"n": {"in": [1, [2]]}}}}, "/filter/metadata/n/in/1"),
+        ({"q": "a", "filter": {"metadata": {"value": [2]}}}, "/filter/metadata/value"),
+        ({"q": "a", "filter": {"metadata": {"a/b": {"like": "x"}}}}, "/filter/metadata/a~1b/like"),
+        ({"q": "a", "filter": {"id": {"in": []}}}, "/filter/id/in"),
+        ({}, "/q"),
+        ([], ""),
+    ],
+    ids=str,
+)
+def test_a_pointer_leads_into_the_body(service: RunningService, body: Any, pointer: str) -> None:
+    """Clients show the reason beside what it is about, once: not one for each form that it might have had."""
+    answer = check_problem(service.client.post("/search", json=body), 422, "invalid_input")
+    assert [error["pointer"] for error in answer["errors"]] == [f"/body{pointer}"]
+
+
 def test_a_wrong_value_is_pointed_at(service: RunningService) -> None:
     """422 answers say where, as a JSON pointer, and why: forms put the reason beside the field."""
     body = check_problem(service.client.get("/search?q=a&limit=x&min_score=automatic"), 422, "invalid_input")
