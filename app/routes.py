@@ -209,8 +209,8 @@ async def upload_recording(
             {
                 "name": "filter",
                 "in": "query",
-                "description": "What `filter` of `POST /search` takes; the same for every page. An address has"
-                " less than 64 KiB: what is longer can only be searched by.",
+                "description": "What `filter` of `POST /search` takes; the same for every page. An"
+                " address has less than 64 KiB: what is longer can only be searched by.",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FilterBody"}}},
             }
         ]
