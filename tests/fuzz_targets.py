@@ -9,17 +9,30 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
+from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 
 from app.errors import STATUS_OF, HttpError
-from app.routes import MAX_WAIT_S, _metadata, _preferred_wait
-from app.schemas import SearchBody, SearchesBody, Searching, filter_of
+from app.routes import (
+    MAX_METADATA_DEPTH,
+    MAX_WAIT_S,
+    _bounded,
+    _is_deeper,
+    _metadata,
+    _parsed,
+    _preferred_wait,
+)
+from app.schemas import FilterBody, RecordingPatch, SearchBody, SearchesBody, Searching, _merged, filter_of
 from app.uploads import FILE_FIELDS, _FormSink, _media_type
 from clasp_core import sandbox
+from clasp_core.catalog import _create_engine, _recordings
 from clasp_core.errors import InvalidAudio, InvalidField, InvalidLanguage
+from clasp_core.filters import Filter, holds
 from clasp_core.language import MAX_TAG_LENGTH, canonical_tag
 from clasp_core.library import _decode_cursor, _plain_json, check_name
 from tests.hostile import FAMILIES
@@ -62,6 +75,64 @@ def search_body(data: bytes) -> None:
             question.q.encode()
 
 
+RECORDS: list[dict[str, Any]] = [
+    *(
+        {"n": n}
+        for n in (0, 1, 1.5, -0.0, 2**53 + 1, 2**64, 1e308, True, None, "", "1", "a\0b", "é", [1], {})
+    ),
+    {},
+    {"نام": "سعدی", "a\0b": 1, "": True, "n.m": "x", '"': "\\", "$": 2},
+]
+
+
+def filter_(data: bytes) -> None:
+    """Whatever is taken can be asked of a database, which finds what plain Python does; the rest is refused,
+    in a query (our reader) and in a body (FastAPI's)."""
+    text = data.decode("utf-8", "replace")
+    bodies = []
+    with contextlib.suppress(RequestValidationError):
+        bodies.append(_parsed(FilterBody, text, "query", "filter"))
+    with contextlib.suppress(ValueError, RecursionError):  # of json, and ValidationError
+        bodies.append(FilterBody.model_validate(json.loads(text)))
+    for body in bodies:
+        with contextlib.suppress(InvalidLanguage):
+            wanted = filter_of(body, frozenset({"default"}))
+            _keys(wanted)
+            told = json.dumps([[one.name, one.relation, json.loads(one.value)] for one in wanted.metadata])
+            right = {key for key, metadata in enumerate(RECORDS) if holds(json.dumps(metadata), told)}
+            assert _keys(Filter(metadata=wanted.metadata)) == right
+
+
+def _keys(wanted: Filter) -> set[int]:
+    query = sa.select(_recordings.c.key).where(wanted.where(_recordings, "sqlite"))
+    return set(_database().execute(query).scalars())
+
+
+@cache
+def _database() -> sa.Connection:
+    """RECORDS, in memory."""
+    database = _create_engine("sqlite://").connect()
+    _recordings.create(database)
+    for key, metadata in enumerate(RECORDS):
+        database.execute(_recordings.insert().values(key=key, metadata=metadata, collection="default"))
+    return database
+
+
+def patch(data: bytes) -> None:
+    """A change of a record that can be stored, and that changes nothing more when it is done again; or a
+    refusal."""
+    with contextlib.suppress(RequestValidationError, InvalidField):
+        change = _parsed(RecordingPatch, data, "body").metadata or {}
+        if _is_deeper(change, MAX_METADATA_DEPTH):
+            return
+        for before in RECORDS:
+            after = _merged(before, change)
+            _bounded(after)
+            assert json.loads(json.dumps(_plain_json(after), allow_nan=False)) == after
+            assert _merged(after, change) == after
+            assert None not in (after[name] for name in change if name in after)
+
+
 def wait(data: bytes) -> None:
     """Seconds within bounds, or nothing: `Prefer` never refuses a request."""
     seconds = _preferred_wait(data.decode("latin-1"))
@@ -71,13 +142,13 @@ def wait(data: bytes) -> None:
 def form(data: bytes) -> None:
     """A multipart body says the same in whatever pieces it arrives. The first bytes say where it is cut."""
     cuts, body = data[:8], data[8:]
-    whole = _parsed([body])
-    assert _parsed([bytes([byte]) for byte in body]) == whole
+    whole = _read([body])
+    assert _read([bytes([byte]) for byte in body]) == whole
     places = sorted({cut * len(body) // 255 for cut in cuts} | {0, len(body)})
-    assert _parsed([body[a:b] for a, b in itertools.pairwise(places)]) == whole
+    assert _read([body[a:b] for a, b in itertools.pairwise(places)]) == whole
 
 
-def _parsed(pieces: Sequence[bytes]) -> Any:
+def _read(pieces: Sequence[bytes]) -> Any:
     """The fields, the recording's bytes and whether there is one; or the error's code."""
     try:
         sink = _FormSink(BOUNDARY)
@@ -118,6 +189,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "tag": tag,
     "metadata": metadata,
     "search-body": search_body,
+    "filter": filter_,
+    "patch": patch,
     "wait": wait,
     "form": form,
     "decode": decode,
@@ -130,6 +203,12 @@ SEEDS: dict[str, list[bytes]] = {
         b'{"q": "bees", "limit": 3, "min_score": "auto", "filter": {"lang": "fa", "metadata": {"a": 1}}}',
         b'{"queries": [{"q": "bees", "collection": "a", "min_score": -0.5}]}',
     ],
+    "filter": [
+        b'{"id": "a", "lang": {"in": ["fa"]}, "created_at": {"gte": "2026-03-21T12:00:00Z"}}',
+        b'{"duration_s": {"gt": 1, "lte": 2.5}, "metadata": {"n": {"in": [1, null]}, "x": "y"}}',
+        b'{"metadata": {"n": {"ne": true, "gte": 0, "exists": true}, "": {"eq": "\\u0000"}}}',
+    ],
+    "patch": [b'{"lang": "fa", "metadata": {"n": {"a": [null]}, "x": null}}', b'{"metadata": null}'],
     "wait": [b"respond-async, wait=30; x=y"],
     "form": [
         b"\x10\x40\x80\xc0\xe0\xf0\xf8\xff--b0undary\r\n"

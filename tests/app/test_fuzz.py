@@ -36,6 +36,9 @@ def test_forty_hostile_files_harm_nothing(tmp_path: Path) -> None:
     assert len(summary["outcomes_by_family"]) > 20
 
 
+_PLAIN = st.sampled_from(
+    ["1", "1.0", "-0", "1e999", "NaN", "null", "true", '"1"', '"\\u0000"', "[]", '[1,"1",null]', "9" * 400]
+)
 WORDS = {
     "cursor": st.text().map(str.encode),
     "tag": st.lists(st.text("aAzZ019x-_", max_size=9), max_size=12).map("-".join).map(str.encode),
@@ -53,6 +56,24 @@ WORDS = {
         ),
     )
     .map(lambda members: "{" + ",".join(f'"{k}":{v}' for k, v in members.items()) + "}")
+    .map(str.encode),
+    "filter": st.dictionaries(
+        st.sampled_from(["n", "n.m", "\\u0000", "نام", '\\"']),
+        st.sampled_from(["eq", "ne", "gt", "lte", "in", "exists", "x"]).flatmap(
+            lambda relation: _PLAIN.map(lambda value: f'{{"{relation}":{value}}}')
+        )
+        | _PLAIN,
+        max_size=3,
+    )
+    .map(lambda members: '{"metadata":{' + ",".join(f'"{k}":{v}' for k, v in members.items()) + "}}")
+    .map(str.encode),
+    "patch": st.recursive(
+        _PLAIN,
+        lambda inner: st.dictionaries(st.sampled_from("nab"), inner).map(
+            lambda members: "{" + ",".join(f'"{k}":{v}' for k, v in members.items()) + "}"
+        ),
+    )
+    .map(lambda metadata: f'{{"metadata":{metadata}}}')
     .map(str.encode),
     "wait": st.text('wait=;, "0159.-einfa', max_size=30).map(str.encode),
     "form": st.lists(
