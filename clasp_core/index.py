@@ -20,6 +20,7 @@ from readerwriterlock.rwlock import RWLockWrite
 from clasp_core.catalog import Changes
 from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
+from clasp_core.faults import fault
 from clasp_core.types import Embeddings
 from clasp_core.vectors import FaissStore, Mask, StoreMaker
 
@@ -193,13 +194,17 @@ class VectorIndex:
                 snapshot = Snapshot(
                     1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
                 )
+            fault("index.written")
             place(temporary, folder / name)
+            fault("index.placed")
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
             place(manifest, folder / "manifest.json")
+            fault("index.described")
             for path in folder.glob("vectors-*"):
                 if path.name != name:
                     path.unlink(missing_ok=True)
+            fault("index.saved")
 
     @classmethod
     def load(cls, folder: Path, dim: int, model: str, new_store: StoreMaker = FaissStore) -> "VectorIndex":

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import ClaspError, InvalidAudio, NotReady, ProcessingFailed, SilentAudio
+from clasp_core.faults import fault
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
@@ -117,6 +118,7 @@ class Ingester:
         leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
         if not leased:
             return 0
+        fault("ingest.leased")
         with _Heartbeat(lambda: self._queue.extend_leases(self.owner, LEASE_S), LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
@@ -144,10 +146,12 @@ class Ingester:
         with closing(_ahead(_batches(segments))) as batches:
             for batch in batches:
                 decode -= mark - (mark := time.perf_counter())
+                fault("ingest.decoded")
                 langs = [job.recording.lang for job, _ in batch]
                 embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
                 for (job, _), segment in zip(batch, embedded, strict=True):
                     job.segments.append(segment)
+                fault("ingest.embedded")
                 embed -= mark - (mark := time.perf_counter())
                 if self._stopping.is_set():
                     break
@@ -177,6 +181,11 @@ class Ingester:
                     yield block
 
         try:
+            if not self._library.store.is_intact(job.recording.sha256):
+                job.error = ProcessingFailed(
+                    "The stored bytes of this recording are damaged; upload it again."
+                )
+                return
             for segment in _segments(self._encoder.picture_rate, blocks, self._segmenting):
                 yield job, segment
         except InvalidAudio as error:
@@ -192,6 +201,7 @@ class Ingester:
             _log.info("recording failed", extra={"recording": job.recording.id, "code": error.code})
             self._queue.fail(key, self.owner, code=error.code, detail=error.detail)
             return
+        fault("ingest.committing")
         self._queue.complete(
             key,
             self.owner,
@@ -199,6 +209,7 @@ class Ingester:
             model=self._library.model,
             segments=job.segments,
         )
+        fault("ingest.committed")
 
 
 def embed_recording(

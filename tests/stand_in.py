@@ -2,8 +2,8 @@
 
     python -m tests.stand_in serve --port 8000
 
-Everything else is the real program: processes, catalogue, index, decoding. It starts in three seconds and embeds
-hundreds of recordings a second, so that thousands of uploads, or hundreds of kills, are minutes.
+Everything else is the real program: processes, catalogue, index, decoding. It starts in three seconds and
+embeds hundreds of recordings a second, so that thousands of uploads, or hundreds of kills, are minutes.
 A recording that is asked with as sound is its own best hit; a text finds all, in an order without meaning.
 """
 
@@ -15,27 +15,33 @@ from clasp_core.models import Model, Part
 from tests.core.doubles import DIM, LetterTextEncoder, SpectralSpeechEncoder
 
 
+OTHER = "other-stand-in"
+"""A second model, of another dimension, for a library to move to; by any other name it is the first."""
+
+
 class StandIn:
     """A `Model` of the encoders that tests use elsewhere."""
 
-    name = "stand-in"
-    dim = DIM
     about = "a stand-in for tests"
-    fingerprint = "57a4d1457a4d1457"
     calibration_file: Path | None = None
 
+    def __init__(self, name: str) -> None:
+        self.name = OTHER if name == OTHER else "stand-in"
+        self.dim = 2 * DIM if name == OTHER else DIM
+        self.fingerprint = "07e457a4d1457a4d" if name == OTHER else "57a4d1457a4d1457"
+
     def text_encoder(self) -> LetterTextEncoder:
-        return LetterTextEncoder()
+        return LetterTextEncoder(self.dim)
 
     def speech_encoder(self) -> SpectralSpeechEncoder:
-        return SpectralSpeechEncoder()
+        return SpectralSpeechEncoder(self.dim)
 
     def parts(self) -> list[Part]:
         return []
 
 
 def open_stand_in(name: str, *, models_dir: Path | None = None, device: str = "cpu") -> Model:
-    return StandIn()
+    return StandIn(name)
 
 
 if __name__ == "__main__":
