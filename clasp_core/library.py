@@ -270,8 +270,8 @@ def open_catalog(data_dir: Path, database_url: str | None = None) -> Catalog:
     if orphaned and url.get_backend_name() == "sqlite" and not _has_bytes(Path(url.database or "")):
         raise DataDamaged(
             f"{data_dir} holds recordings, but its catalogue {url.database} is missing or empty. Restore"
-            " the library from a backup (clasp restore) to another CLASP_DATA_DIR, or run a restore again that"
-            f" was cut short here. To begin anew, remove {data_dir / AUDIO_FOLDER}."
+            " the library from a backup (clasp restore) to another CLASP_DATA_DIR, or run a restore again"
+            f" that was cut short here. To begin anew, remove {data_dir / AUDIO_FOLDER}."
         )
     return Catalog(url, create=not orphaned)
 

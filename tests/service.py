@@ -30,12 +30,12 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def clasp(
-    *arguments: object, cwd: Path, within_s: float = 120, **settings: object
+    *arguments: object, cwd: Path, within_s: float = 120, program: str = "app.cli", **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
     return subprocess.run(
-        [sys.executable, "-m", "app.cli", *map(str, arguments)],
-        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200"},
+        [sys.executable, "-m", program, *map(str, arguments)],
+        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -14,7 +14,6 @@ from app import opening, workers
 from clasp_core.models import Model, Part
 from tests.core.doubles import DIM, LetterTextEncoder, SpectralSpeechEncoder
 
-
 OTHER = "other-stand-in"
 """A second model, of another dimension, for a library to move to; by any other name it is the first."""
 
