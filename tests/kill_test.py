@@ -5,8 +5,8 @@
 First every point of `clasp_core.faults.POINTS`, wherever it is passed: in the service, its worker, or a verb
 of the command line; then random moments under load, until there were as many kills as asked for. What died is
 started again, now and then to be killed while it starts, and all that clients were told must hold: see
-`KillTest.check`. One line for each kill goes to the log, and the summary, as JSON, to standard output. The exit
-status is 1 where anything was violated.
+`KillTest.check`. One line for each kill goes to the log, the summary, as JSON, to standard output. The exit status
+is 1 where anything was violated.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -32,7 +33,8 @@ import httpx
 
 from clasp_core.faults import POINTS
 from tests.audio_files import encode, speech
-from tests.service import ROOT, RunningService, clasp, environment, eventually
+from tests.forking import Forked, forking
+from tests.service import RunningService, environment, eventually
 from tests.stand_in import OTHER
 
 PROGRAM = "tests.stand_in"
@@ -129,6 +131,25 @@ class Ledger:
             (self.upload if what == "upload" else self.delete)(client, sent)
 
 
+class ForkedService(RunningService):
+    """A service whose processes are all forked from one that is not part of it."""
+
+    def __init__(self, data_dir: Path, **settings: Any) -> None:
+        super().__init__(data_dir, **settings)
+        self.new_process = Forked
+
+    def worker_pids(self) -> list[int]:
+        return self.processes()[1:]
+
+    def processes(self) -> list[int]:
+        """The API process, and workers that write the same log."""
+        assert self.process is not None
+        return [
+            self.process.pid,
+            *(pid for pid in writers(self.data_dir / "service.log") if pid != self.process.pid),
+        ]
+
+
 class KillTest:
     """One data directory, the service on it, and what is done to them."""
 
@@ -142,7 +163,7 @@ class KillTest:
         self._log = log
         self._numbers = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
         self._began = time.monotonic()
-        self.service = RunningService(folder, program=PROGRAM)
+        self.service = ForkedService(folder, program=PROGRAM)
         self._data = folder / "index_data"
         self._backup = folder / "backup"
 
@@ -186,7 +207,7 @@ class KillTest:
         kind = self.chance.choice(["worker", "worker", "api", "api", "group", "backup", "reindex", "index"])
         with self._load():
             if kind in ("backup", "reindex", "index"):
-                self._verb_killed_within(kind, self.chance.uniform(0.8, 6.0))
+                self._verb_killed_within(kind, self.chance.uniform(0.0, 1.5))
             else:
                 if kind == "worker":
                     for _ in range(2):
@@ -237,8 +258,9 @@ class KillTest:
         eventually(lambda: self.service.metric("clasp_worker_restarts_total") >= 1, within_s=60)
 
     def _at_search(self, point: str) -> None:
-        self._start_with(point)
-        with contextlib.suppress(httpx.TransportError):
+        self._start_with(point, wait=False)  # where changes are not in the snapshot yet, it dies at once
+        with contextlib.suppress(httpx.TransportError, AssertionError):
+            self.service.wait_until_ready()
             self.ledger.upload(self.service.client, self._new())
 
         def asked_in_vain() -> bool:
@@ -336,7 +358,17 @@ class KillTest:
     # --- verbs
 
     def _clasp(self, *arguments: object, **settings: object) -> "subprocess.CompletedProcess[str]":
-        return clasp(*arguments, cwd=self._folder, program=PROGRAM, **({"model": self._model()} | settings))
+        """Run a verb to its end."""
+        command = [sys.executable, "-m", PROGRAM, *map(str, arguments)]
+        env = environment(**({"model": self._model(), "threads": 1} | settings))
+        with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
+            process = Forked(command, env=env, cwd=self._folder, stdout=printed, stderr=complaints)
+            code = process.wait(120)
+            for file in (printed, complaints):
+                file.seek(0)
+            return subprocess.CompletedProcess(
+                command, code, printed.read().decode(), complaints.read().decode()
+            )
 
     def _back_up(self) -> None:
         done = self._clasp("backup", self._backup)
@@ -363,17 +395,13 @@ class KillTest:
             "index": [files],
         }
         command = [sys.executable, "-m", PROGRAM, verb, *map(str, arguments[verb])]
-        settings = {"model": self._model(), "threads": 1}
-        with subprocess.Popen(
-            command,
-            env=environment(**settings) | {"PYTHONPATH": str(ROOT)},
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-            process.kill()
+        env = environment(model=self._model(), threads=1)
+        with Path(os.devnull).open("wb") as nothing:
+            process = Forked(command, env=env, cwd=self._folder, stdout=nothing, stderr=nothing)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.wait()
         if verb == "backup" and (self._backup / "manifest.json").exists():
             self._verify()
 
@@ -390,7 +418,7 @@ class KillTest:
         self.service.settings["model"] = self._model()
         while self.chance.random() < 0.35 and self.restarts:
             self.service.start(wait=False)
-            time.sleep(self.chance.uniform(0.2, 3.0))
+            time.sleep(self.chance.uniform(0.0, 1.5))
             _kill(self.service.processes() if self.chance.random() < 0.5 else [self._process.pid])
             self._process.wait()
             self.restarts += 1
@@ -532,6 +560,16 @@ class KillTest:
         self._log.flush()
 
 
+def writers(path: Path) -> list[int]:
+    """Processes of ours that have a file open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/2"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == path:
+                found.append(int(link.parts[2]))
+    return found
+
+
 def _kill(pids: list[int]) -> None:
     """All at once."""
     subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)
@@ -540,7 +578,7 @@ def _kill(pids: list[int]) -> None:
 def run(folder: Path, *, kills: int, seed: int, log: TextIO, points: list[tuple[str, str]]) -> dict[str, Any]:
     """These points in random order, then random moments until there were so many kills; the summary. Ends
     at the first violation: what follows one means nothing."""
-    with KillTest(folder, seed, log) as test:
+    with forking(folder), KillTest(folder, seed, log) as test:
         try:
             for where, point in test.chance.sample(points, len(points)):
                 test.at_point(where, point)

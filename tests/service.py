@@ -57,6 +57,7 @@ class RunningService:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
+        self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
@@ -75,7 +76,7 @@ class RunningService:
 
     def start(self, *, wait: bool = True) -> "RunningService":
         with (self.data_dir / "service.log").open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = self.new_process(
                 [sys.executable, "-m", self.program, "serve", "--port", str(self.port)],
                 env=environment(**self.settings) | {"PYTHONPATH": str(ROOT)},
                 stderr=log,

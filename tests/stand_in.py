@@ -7,8 +7,11 @@ embeds hundreds of recordings a second, so that thousands of uploads, or hundred
 A recording that is asked with as sound is its own best hit; a text finds all, in an order without meaning.
 """
 
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from app import opening, workers
 from clasp_core.models import Model, Part
@@ -43,11 +46,17 @@ def open_stand_in(name: str, *, models_dir: Path | None = None, device: str = "c
     return StandIn(name)
 
 
-if __name__ == "__main__":
+def main(worker_process: Any = subprocess.Popen) -> None:
+    """Be `clasp`; `worker_process` is what its workers are started with."""
     opening.open_model = open_stand_in  # type: ignore[assignment]
     opening.use_threads = lambda threads: None  # type: ignore[assignment]
     workers.PROGRAM = (sys.executable, "-m", "tests.stand_in")
+    workers.subprocess = SimpleNamespace(Popen=worker_process, PIPE=subprocess.PIPE)  # type: ignore[assignment]
 
-    from app.cli import main
+    from app import cli
 
+    cli.main()
+
+
+if __name__ == "__main__":
     main()
