@@ -187,6 +187,8 @@ class VectorIndex:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "saving").touch()
         with suppress(_Saving), locked(folder / "saving", _Saving()):
+            with suppress(OSError, ValueError, LookupError):  # what kills left here must not add up
+                _remove_all_but(json.loads((folder / "manifest.json").read_text())["file"], folder)
             temporary = folder / "saving.faiss"
             with self._lock.gen_rlock():
                 name = _file_name(*self.point)
@@ -201,9 +203,7 @@ class VectorIndex:
             manifest.write_text(json.dumps(asdict(snapshot)))
             place(manifest, folder / "manifest.json")
             fault("index.described")
-            for path in folder.glob("vectors-*"):
-                if path.name != name:
-                    path.unlink(missing_ok=True)
+            _remove_all_but(name, folder)
             fault("index.saved")
 
     @classmethod
@@ -252,6 +252,12 @@ def _check(vectors: Embeddings, dim: int) -> None:
         raise ValueError(f"vectors of shape {vectors.shape}; the index holds {dim} numbers each")
     if len(vectors) and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise ValueError("a vector is not finite and of unit length")
+
+
+def _remove_all_but(name: str, folder: Path) -> None:
+    for path in folder.glob("vectors-*"):
+        if path.name != name:
+            path.unlink(missing_ok=True)
 
 
 def _file_name(seq: int, token: str) -> str:

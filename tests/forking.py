@@ -1,7 +1,7 @@
 """`python -m tests.stand_in` a hundred times over: processes forked from one that has imported everything.
 
-To import takes ten times as long as to start. The forked are real processes, with an environment, pipes and an
-end of their own; only the imports of one serve all, and leases are short. `Forked` is what `subprocess.Popen` is.
+To import takes ten times as long as to start. The forked are real processes, with an environment, pipes and
+an end of their own; only the imports of one serve all, and leases are short. `Forked` is their `Popen`.
 """
 
 import contextlib

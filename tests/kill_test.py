@@ -5,8 +5,8 @@
 First every point of `clasp_core.faults.POINTS`, wherever it is passed: in the service, its worker, or a verb
 of the command line; then random moments under load, until there were as many kills as asked for. What died is
 started again, now and then to be killed while it starts, and all that clients were told must hold: see
-`KillTest.check`. One line for each kill goes to the log, the summary, as JSON, to standard output. The exit status
-is 1 where anything was violated.
+`KillTest.check`. One line for each kill goes to the log, the summary to standard output, as JSON. The exit
+status is 1 where anything was violated.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,7 +239,8 @@ class KillTest:
         try:
             self.check(thorough=self.count % 20 == 0)
         except Exception as error:
-            reason = f"after kill {self.count}: {type(error).__name__}: {error}"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"after kill {self.count}, {where.line}: {type(error).__name__}: {error}"
             self.violations.append(reason[:2000])
             self._say(violation=reason)
             raise
