@@ -206,6 +206,7 @@ class KillTest:
     def at_random(self) -> None:
         """Die at a random moment under load, start again, and look."""
         kind = self.chance.choice(["worker", "worker", "api", "api", "group", "backup", "reindex", "index"])
+        files = self._new_files() if kind == "index" else []
         with self._load():
             if kind in ("backup", "reindex", "index"):
                 self._verb_killed_within(kind, self.chance.uniform(0.0, 1.5))
@@ -221,6 +222,9 @@ class KillTest:
                     _kill(self.service.processes() if kind == "group" else [self._process.pid])
                     self._process.wait()
         self._killed(f"random {kind}")
+        if files:
+            self._stop_and_start()  # which sweeps bytes that the verb had placed, and made no recording of
+            self._adopt(files)
         self._look()
 
     def _kill_worker(self) -> None:
@@ -301,12 +305,8 @@ class KillTest:
         self._expect_death()
 
     def _at_index(self, point: str) -> None:
+        new = self._new_files()
         folder = self._folder / "files"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        new = [self._new() for _ in range(3)]
-        for sent in new:
-            (folder / f"{sent.id}.wav").write_bytes(sent.content)
         _kill(self.service.processes())  # so that it is the verb that embeds
         self._process.wait()
         died = self._clasp("index", folder, fault=point)
@@ -316,11 +316,26 @@ class KillTest:
         outcome = json.loads(again.stdout)
         assert (outcome["indexed"] + outcome["known"], outcome["failed"]) == (3, []), outcome
         self._start()
-        named = {item["sha256"]: item for item in self.service.listed(limit=1000)}
+        assert self._adopt(new) == 3
+
+    def _new_files(self) -> list[Sent]:
+        folder = self._folder / "files"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        new = [self._new() for _ in range(3)]
         for sent in new:
+            (folder / f"{sent.id}.wav").write_bytes(sent.content)
+        return new
+
+    def _adopt(self, files: list[Sent]) -> int:
+        """Note those of the files that became recordings, under ids that nobody was told; how many."""
+        named = {item["sha256"]: item for item in self.service.listed(limit=1000)}
+        here = [sent for sent in files if sent.sha256 in named]
+        for sent in here:
             item = named[sent.sha256]
-            self.ledger.kept[item["id"]] = Sent(item["id"], sent.content, item["metadata"], "")
             assert item["metadata"]["path"].endswith(f"{sent.id}.wav")
+            self.ledger.kept[item["id"]] = Sent(item["id"], sent.content, item["metadata"], "")
+        return len(here)
 
     def _at_reindex(self, point: str) -> None:
         died = self._clasp("reindex", "--model", self._coming(), fault=point)
@@ -389,12 +404,10 @@ class KillTest:
         eventually(lambda: self.service.client.get("/readyz").json().get("model") == new, within_s=60)
 
     def _verb_killed_within(self, verb: str, seconds: float) -> None:
-        files = self._folder / "files"
-        files.mkdir(exist_ok=True)
         arguments: dict[str, list[object]] = {
             "backup": [self._backup],
             "reindex": ["--model", self._coming()],
-            "index": [files],
+            "index": [self._folder / "files"],
         }
         command = [sys.executable, "-m", PROGRAM, verb, *map(str, arguments[verb])]
         env = environment(model=self._model(), threads=1)

@@ -58,7 +58,8 @@ def dump(revision: str) -> str:
                 is_ready = name in READY
                 raw.execute(
                     "INSERT INTO recordings (key, id, collection, sha256, size_bytes, media_type, lang,"
-                    " metadata, created_at, status, duration_s, segments, model, error_code, error_detail, attempts)"
+                    " metadata, created_at, status, duration_s, segments, model, error_code, error_detail,"
+                    " attempts)"
                     " VALUES (?, ?, 'default', ?, ?, 'audio/wav', 'fa', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         key,
