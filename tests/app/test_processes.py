@@ -182,20 +182,6 @@ def test_the_data_of_another_model_is_refused(tmp_path: Path, bees: bytes) -> No
     refuses_to_start(tmp_path, "another model", "clasp reindex", model=other)
 
 
-def test_a_damaged_catalogue_is_refused(tmp_path: Path) -> None:
-    """Above all one that is empty or gone beside its recordings: a service that began anew there would sweep
-    them away. The line says that there are backups, and the same again at the next start."""
-    stored = tmp_path / "index_data" / "audio" / "ab" / ("c" * 62)
-    stored.parent.mkdir(parents=True)
-    stored.write_bytes(b"a recording")
-    catalog = tmp_path / "index_data" / "catalog.sqlite3"
-    for content in (None, b"", b"This was a catalogue. " * 1000):
-        if content is not None:
-            catalog.write_bytes(content)
-        refuses_to_start(tmp_path, str(catalog.name), "clasp restore", program="tests.stand_in")
-    assert stored.read_bytes() == b"a recording"
-
-
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     """A wrong mount shows at the start, not at the first upload."""
     (tmp_path / "file").write_text("")
