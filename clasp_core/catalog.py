@@ -1090,6 +1090,8 @@ def _migrate(url: str | sa.URL, create: bool) -> None:
                 raise _damaged(engine, "it is empty")
             config.attributes["connection"] = db
             alembic.command.upgrade(config, "head")
+            for table in _tables.sorted_tables:  # a column whose name is damaged is met here, and not later
+                db.execute(sa.select(table).limit(0))
             fault("catalog.migrated")
     except alembic.util.CommandError as error:
         raise DataMismatch(

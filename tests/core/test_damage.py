@@ -161,6 +161,16 @@ def test_damage_beside_the_catalogue_loses_no_more_than_itself(
                 assert outcome == set(NAMES), what
 
 
+def test_a_damaged_schema_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """One letter of a column's name, and a search would fail long after the start."""
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped, copy)
+    content = (copy / "catalog.sqlite3").read_bytes()
+    assert content.count(b"start_s") == 1
+    (copy / "catalog.sqlite3").write_bytes(content.replace(b"start_s", b"stabt_s"))
+    assert started(copy) == started(copy) == "data_damaged"
+
+
 def test_recordings_without_a_catalogue_are_no_new_library(stopped: Path, tmp_path: Path) -> None:
     """The wrong half of a copy, or a restore that was cut short: whoever starts a service there must not lose
     the other half, too."""
