@@ -206,10 +206,10 @@ class KillTest:
     def at_random(self) -> None:
         """Die at a random moment under load, start again, and look."""
         kind = self.chance.choice(["worker", "worker", "api", "api", "group", "backup", "reindex", "index"])
-        files = self._new_files() if kind == "index" else []
+        files, in_time = self._new_files() if kind == "index" else [], True
         with self._load():
             if kind in ("backup", "reindex", "index"):
-                self._verb_killed_within(kind, self.chance.uniform(0.0, 1.5))
+                in_time = self._verb_killed_within(kind, self.chance.uniform(0.0, 1.5))
             else:
                 if kind == "worker":
                     for _ in range(2):
@@ -221,7 +221,8 @@ class KillTest:
                     time.sleep(self.chance.uniform(0.1, 1.5))
                     _kill(self.service.processes() if kind == "group" else [self._process.pid])
                     self._process.wait()
-        self._killed(f"random {kind}")
+        if in_time:
+            self._killed(f"random {kind}")
         if files:
             self._stop_and_start()  # which sweeps bytes that the verb had placed, and made no recording of
             self._adopt(files)
@@ -403,7 +404,8 @@ class KillTest:
         new = json.loads(done.stdout)["model"]["fingerprint"]
         eventually(lambda: self.service.client.get("/readyz").json().get("model") == new, within_s=60)
 
-    def _verb_killed_within(self, verb: str, seconds: float) -> None:
+    def _verb_killed_within(self, verb: str, seconds: float) -> bool:
+        """Whether it was not done already."""
         arguments: dict[str, list[object]] = {
             "backup": [self._backup],
             "reindex": ["--model", self._coming()],
@@ -416,9 +418,9 @@ class KillTest:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
         process.kill()
-        process.wait()
         if verb == "backup" and (self._backup / "manifest.json").exists():
             self._verify()
+        return process.wait() == KILLED
 
     # --- the service
 
