@@ -11,6 +11,7 @@ Collections are apart, so that they can belong to tenants who may know nothing o
 `within`, the collections that the caller may see (None: all), neither finds nor tells anything of others.
 """
 
+import json
 import secrets
 import sqlite3
 import threading
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from clasp_core.errors import (
     AmbiguousId,
+    DataDamaged,
     DataMismatch,
     DiskFull,
     IdConflict,
@@ -40,6 +42,7 @@ from clasp_core.errors import (
     QuotaExceeded,
     RecordingNotFound,
 )
+from clasp_core.faults import fault
 from clasp_core.filters import SQL_FUNCTION, Filter, holds
 from clasp_core.limits import FREELY, Admission, Held
 from clasp_core.types import Embeddings, Seconds
@@ -58,6 +61,9 @@ ONCE_KEPT_S: Seconds = 86_400.0
 FOLLOW_WITHIN_S: Seconds = 10.0
 """How long arrivals wait after a switch, so that all services can follow before anything is ready that those
 which have not yet would miss."""
+
+_UNIT_WITHIN = 1e-3
+"""How far from 1 the length of a vector may be."""
 
 _key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _tables = sa.MetaData()
@@ -214,7 +220,7 @@ class EmbeddedSegment:
     transcript: str | None = None
 
     def __post_init__(self) -> None:
-        if not abs(float(np.linalg.norm(self.vector)) - 1) < 1e-3:
+        if not abs(float(np.linalg.norm(self.vector)) - 1) < _UNIT_WITHIN:
             raise ValueError("a segment's vector is not finite and of unit length")
 
 
@@ -249,6 +255,8 @@ class Changes:
     vectors: Embeddings
     token: str = ""
     """A random mark of change `seq`: another history has another, though it has as many changes."""
+    damaged: frozenset[int] = frozenset()
+    """Those of the recordings without rows of which what is stored is no unit vector of `dim` any more."""
 
 
 _RECORDING_COLUMNS = [_recordings.c[field] for field in Recording.__dataclass_fields__]
@@ -257,8 +265,9 @@ _RECORDING_COLUMNS = [_recordings.c[field] for field in Recording.__dataclass_fi
 class Catalog:
     """Thread-safe, and safe to open from several processes at once."""
 
-    def __init__(self, url: str | sa.URL, *, upgrade: bool = True) -> None:
-        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it.
+    def __init__(self, url: str | sa.URL, *, upgrade: bool = True, create: bool = True) -> None:
+        """Open, creating or upgrading the schema. DataMismatch where a newer version wrote it, DataDamaged
+        where nobody can read it, or there is nothing and it is not to `create`.
 
         Without `upgrade` it is left as it is, for `copy_to` and `has_content` only: an older service may
         be at work in it.
@@ -266,10 +275,22 @@ class Catalog:
         self._engine = _create_engine(url)
         self._jobs = _Jobs(_recordings, _recordings.c.key, sa.true())
         if upgrade:
-            _migrate(url)
+            _migrate(url, create)
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def check(self) -> None:
+        """Raise DataDamaged where the catalogue contradicts itself, an index its table say.
+
+        SQLite only. Reads everything, in about a second for a gigabyte that is in memory; what no other
+        part of the file tells (a language, metadata, most bits of a vector) may be damaged unnoticed.
+        """
+        if self._engine.dialect.name == "sqlite":
+            with self._read() as db:
+                found = db.exec_driver_sql("PRAGMA integrity_check(1)").scalars().all()
+            if found != ["ok"]:
+                raise _damaged(self._engine, found[0])
 
     # --- recordings
 
@@ -327,6 +348,7 @@ class Catalog:
         values |= {"status": "pending", "attempts": 0, "created_at": now, "uploaded_by": admission.key}
         insert = sa.insert(_recordings).values(values)
         row = db.execute(insert.returning(_recordings.c.key)).one()
+        fault("catalog.registered")
         return self._by_key(db, row.key), True
 
     def _done_before(self, db: sa.Connection, once: Once, new: NewRecording) -> tuple[Recording, bool] | None:
@@ -560,6 +582,7 @@ class Catalog:
                     for table in (_segments, _reindexing):
                         here = table.c.recording.between(first, first + _AT_ONCE - 1)
                         db.execute(sa.delete(table).where(here & (table.c.model == fingerprint)))
+                fault("catalog.retiring")
             with self._write() as db:
                 db.execute(sa.delete(_models).where(still))
 
@@ -618,6 +641,7 @@ class Catalog:
                 return False
             _store(db, key, model, segments)
             _note_change(db, [key])
+            fault("catalog.completed")
             return True
 
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool:
@@ -664,14 +688,33 @@ class Catalog:
             ready = (_recordings.c.key == _segments.c.recording) & (_recordings.c.status == "ready")
             columns = (_segments.c.recording, _segments.c.ordinal, _segments.c.vector)
             found = db.execute(sa.select(*columns).where(wanted & ready)).all()
+        lost = bytes(4 * dim)
+        stored = b"".join(row.vector if len(row.vector) == len(lost) else lost for row in found)
+        vectors = np.frombuffer(stored, "<f4").reshape(-1, dim)
+        owners = np.array([row.recording for row in found], np.int64)
+        with np.errstate(over="ignore", invalid="ignore"):  # a flipped bit makes 1e38 of a number, or a NaN
+            damaged = owners[~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_WITHIN)]
+        whole = ~np.isin(owners, damaged)
         return Changes(
             seq=end.seq,
             token=end.token,
             recordings=keys,
-            owners=np.array([row.recording for row in found], np.int64),
-            ordinals=np.array([row.ordinal for row in found], np.int64),
-            vectors=np.frombuffer(b"".join(row.vector for row in found), "<f4").reshape(-1, dim),
+            owners=owners[whole],
+            ordinals=np.array([row.ordinal for row in found], np.int64)[whole],
+            vectors=vectors[whole],
+            damaged=frozenset(damaged.tolist()),
         )
+
+    def embed_anew(self, keys: Set[int], model: str) -> None:
+        """Let ready recordings wait for a worker again, and forget the vectors that `model` has of them."""
+        with self._write() as db:
+            for some in _chunks(sorted(keys)):
+                ready = _recordings.c.key.in_(some) & (_recordings.c.status == "ready")
+                afresh = {"status": "pending", "attempts": 0, "model": None, "segments": None}
+                db.execute(sa.update(_recordings).where(ready).values(afresh))
+                theirs = _segments.c.recording.in_(some) & (_segments.c.model == model)
+                db.execute(sa.delete(_segments).where(theirs))
+            _note_change(db, sorted(keys))
 
     def spans(self, segments: Sequence[tuple[int, int]], *, model: str) -> dict[tuple[int, int], Span]:
         """A model's segments, each named by (recording key, ordinal), as far as they are there."""
@@ -696,7 +739,7 @@ class Catalog:
         SQLite only. Nothing of what was deleted is in it, as there may be in the pages of a file that
         are free. It is not on disk yet when this returns.
         """
-        with closing(self._engine.raw_connection()) as db:
+        with _intact(self._engine), closing(self._engine.raw_connection()) as db:
             db.cursor().execute("VACUUM INTO ?", (str(path),))
 
     # --- inside
@@ -704,14 +747,15 @@ class Catalog:
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
         """One consistent snapshot."""
-        with self._engine.connect() as db, db.begin():
+        with _intact(self._engine), self._engine.connect() as db, db.begin():
             yield db
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
         """Sole writer, durable when the block ends. Raises DiskFull, and nothing is written then."""
+        engine = self._engine
         try:
-            with self._engine.connect().execution_options(clasp_write=True) as db, db.begin():
+            with _intact(engine), engine.connect().execution_options(clasp_write=True) as db, db.begin():
                 yield db
         except sa.exc.OperationalError as error:
             if _is_for_lack_of_room(error):
@@ -770,6 +814,7 @@ class Reindexing:
             self._hold(db, lease_s)
             keys = self._jobs.lease(db, owner, limit, lease_s)
             if not keys and self._enqueue(db):
+                fault("reindex.enqueued")
                 keys = self._jobs.lease(db, owner, limit, lease_s)
             return _leased(db, keys)
 
@@ -794,6 +839,7 @@ class Reindexing:
                 return False
             _store(db, key, model, segments)
             _note_change(db, [key], model)
+            fault("reindex.completed")
         self.completed += 1
         return True
 
@@ -871,6 +917,7 @@ class Reindexing:
         hold_until = time.time() + FOLLOW_WITHIN_S
         db.execute(sa.update(_models).where(self._row).values(hold_until=hold_until))
         _retire_others(db, self.model)
+        fault("reindex.switching")
         return {row.id: row.error_detail for row in failures}
 
     @property
@@ -1009,6 +1056,7 @@ def _delete(db: sa.Connection, keys: Sequence[int]) -> None:
     for table, column in ((_segments, "recording"), (_reindexing, "recording"), (_recordings, "key")):
         db.execute(sa.delete(table).where(table.c[column].in_(keys)))
     _note_change(db, keys)
+    fault("catalog.deleted")
 
 
 def _store(db: sa.Connection, key: int, model: str, segments: Sequence[EmbeddedSegment]) -> None:
@@ -1171,18 +1219,59 @@ def _create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
     return engine
 
 
+_UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+
+
+@contextmanager
+def _intact(engine: sa.Engine, *, opening: bool = False) -> Iterator[None]:
+    """What SQLite says of a damaged file, as DataDamaged. A table that is not there is a damaged one, too, as
+    long as we are `opening`; other trouble, with the disk or with permissions, is then an OSError."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # of a row
+        raise _damaged(engine, str(error)) from error
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        reason = error.orig if isinstance(error, sa.exc.DatabaseError) else error
+        if not isinstance(reason, sqlite3.Error):
+            raise
+        code = getattr(reason, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+        undecodable = "Could not decode to UTF-8" in str(reason)
+        if code in _UNREADABLE or undecodable or (opening and code == sqlite3.SQLITE_ERROR):
+            raise _damaged(engine, str(reason)) from error
+        if opening:
+            raise OSError(f"the catalogue {engine.url.database} cannot be opened: {reason}") from error
+        raise
+
+
+def _damaged(engine: sa.Engine, reason: str) -> DataDamaged:
+    return DataDamaged(
+        f"The catalogue {engine.url.database} is damaged ({' '.join(reason.split())}). Restore the library"
+        " from a backup (clasp restore) to another CLASP_DATA_DIR, and keep this one until that is done."
+    )
+
+
 _migrating = threading.Lock()
 """Alembic keeps what it is migrating in module globals."""
 
 
-def _migrate(url: str | sa.URL) -> None:
+def _migrate(url: str | sa.URL, create: bool) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     engine = _create_engine(url, migrating=True)
     try:
-        with engine.connect().execution_options(clasp_write=True) as db, db.begin(), _migrating:
+        with (
+            _intact(engine, opening=True),
+            engine.connect().execution_options(clasp_write=True) as db,
+            db.begin(),
+            _migrating,
+        ):
+            if not create and not sa.inspect(db).has_table(_recordings.name):
+                raise _damaged(engine, "it is empty")
             config.attributes["connection"] = db
             alembic.command.upgrade(config, "head")
+            for table in _tables.sorted_tables:  # a column whose name is damaged is met here, and not later
+                db.execute(sa.select(table).limit(0))
+            fault("catalog.migrated")
     except alembic.util.CommandError as error:
         raise DataMismatch(
             f"The catalogue was written by a newer version of this program ({error}). Use that version, or"

@@ -15,6 +15,7 @@ from typing import Literal
 from clasp_core import ingest
 from clasp_core.catalog import Progress, Reindexing
 from clasp_core.errors import ProcessingFailed
+from clasp_core.faults import fault
 from clasp_core.ingest import Ingester
 from clasp_core.library import Library
 from clasp_core.models import SpeechEncoder
@@ -85,6 +86,7 @@ class Reindexer:
         vain_steps = small_steps = 0
         while not self._stopping.is_set():
             worked = self._step(queue)
+            fault("reindex.done")
             progress = queue.progress()
             observe(progress)
             if worked:
@@ -100,6 +102,7 @@ class Reindexer:
                 small_steps, queue.holding = 0, False
                 self._stopping.wait(poll_s)
             elif (failed := queue.switch()) is not None:
+                fault("reindex.switched")
                 return Outcome("switched", queue.completed, failed)
         return Outcome("stopped", queue.completed)
 
