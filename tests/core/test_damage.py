@@ -141,7 +141,8 @@ def test_a_damaged_catalogue_is_refused_or_all_there(stopped: Path, tmp_path: Pa
     outcomes = starts_after(stopped, stopped / "catalog.sqlite3", tmp_path / "copy", seeds)
     for what, outcome in outcomes:
         assert outcome in ("data_damaged", "data_mismatch", set(NAMES)), what
-    assert [outcome for _, outcome in outcomes[:3]] == ["data_damaged"] * 3
+    # (the last byte may be a zero of an empty page, which nobody misses)
+    assert [outcome for _, outcome in outcomes[:2]] == ["data_damaged"] * 2
 
 
 @pytest.mark.parametrize("seeds", [2, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
