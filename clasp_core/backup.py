@@ -219,7 +219,7 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
     dropped: list[str] = []
     copied = copied_bytes = 0
     with closing(Catalog(_url(source), upgrade=False)) as live:
-        live.copy_to(work / "snapshot.sqlite3")
+        live.database.copy_to(work / "snapshot.sqlite3")
         with closing(Catalog(_url(work / "snapshot.sqlite3"))) as catalog:
             catalog.forget_leases()
             fault("backup.copied")
@@ -239,7 +239,7 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
                 observe(done, len(contents))
             model, counts = catalog.active(), catalog.counts()
             # once more, so that nothing of the dropped is left, and all is in one file without a log
-            catalog.copy_to(work / CATALOG_FILE)
+            catalog.database.copy_to(work / CATALOG_FILE)
     manifest = Manifest(
         format=FORMAT,
         version=importlib.metadata.version("clasp-search"),

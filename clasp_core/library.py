@@ -246,7 +246,7 @@ class Library:
 
         Raises DataDamaged where the catalogue contradicts itself: no bytes go on the word of such a one.
         """
-        self.catalog.check()
+        self.catalog.database.check()
         self.catalog.forget_retired()
         self.catalog.forget_done()
         self.store.discard_abandoned()

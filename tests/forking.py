@@ -143,11 +143,11 @@ def _become(request: dict[str, Any], given: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["env"])
         sys.argv = ["clasp", *request["arguments"]]
-        from clasp_core import catalog, faults, ingest
+        from clasp_core import faults, ingest, reindex
         from tests import stand_in
 
         ingest.LEASE_S = 3.0  # else each death of a service and its worker together costs 20 s of waiting
-        catalog.FOLLOW_WITHIN_S = 2.0
+        reindex.FOLLOW_WITHIN_S = 2.0
         faults._armed = faults._from_environment(os.environ.get("CLASP_FAULT", ""))
         stand_in.main(worker_process=Forked)
         code = 0

@@ -15,7 +15,7 @@ import alembic.config
 import alembic.script
 
 import clasp_core
-from clasp_core.catalog import _create_engine
+from clasp_core.database import create_engine
 from tests.core.doubles import DIM, MODEL, random_vectors
 
 FOLDER = Path(__file__).parent
@@ -41,7 +41,7 @@ def dump(revision: str) -> str:
     traces of one that was deleted."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "catalog.sqlite3"
-        engine = _create_engine(f"sqlite:///{path}", migrating=True)
+        engine = create_engine(f"sqlite:///{path}", migrating=True)
         with engine.connect().execution_options(clasp_write=True) as db, db.begin():
             migrating = config()
             migrating.attributes["connection"] = db
