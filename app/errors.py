@@ -45,6 +45,7 @@ STATUS_OF: dict[str, int] = {
     "invalid_checkpoint": 503,
     "unsafe_checkpoint": 503,
     "data_mismatch": 503,
+    "data_damaged": 500,
     "index_unavailable": 503,
     "voice_unavailable": 503,
     "backup_failed": 500,

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.settings import Settings
-from clasp_core.catalog import Progress as Done
 from clasp_core.catalog import Recording
 from clasp_core.errors import RecordingNotFound
 from clasp_core.ingest import Ingester
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.reindex import Outcome as ReindexOutcome
+from clasp_core.reindex import Progress as Done
 from clasp_core.reindex import Reindexer
 
 _CHUNK_BYTES = 1 << 20

@@ -46,7 +46,7 @@ from app.schemas import (
 from app.service import Service
 from clasp_core.access import Grant
 from clasp_core.catalog import Recording
-from clasp_core.errors import EmptyQuery, InvalidField, RecordingNotFound
+from clasp_core.errors import DataDamaged, EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
@@ -333,7 +333,10 @@ def get_content(
     try:
         stat = path.stat()
     except FileNotFoundError:
-        raise RecordingNotFound(f"There is no recording {id!r}.") from None
+        service.library.catalog.get(id, within=visible(grant, collection))  # it may be deleted by now
+        raise DataDamaged(f"The bytes of recording {id!r} are missing. Upload it again.") from None
+    if stat.st_size != recording.size_bytes:
+        raise DataDamaged(f"The bytes of recording {id!r} are damaged. Upload it again.")
     media_type = recording.media_type or "application/octet-stream"
     return _Content(path, media_type=media_type, headers={"ETag": etag}, stat_result=stat)
 

@@ -101,7 +101,10 @@ class Service:
         self.supervisor.stop()
         self.answerer.stop()
         self._keeper.join()
-        self.library.close()
+        try:
+            self.library.close()
+        except Exception as error:  # a full disk, say: nothing is lost by it
+            _log.warning("no snapshot of the index; it will be rebuilt at need", error=str(error))
         stop_tracing()
 
     def readiness(self) -> Readiness:

@@ -87,6 +87,7 @@ class Keys:
 
     def __init__(self, catalog: Catalog, fixed: Sequence[str] = ()) -> None:
         self._catalog = catalog
+        self._database = catalog.database
         self._fixed = [_digest(key) for key in fixed]
 
     def create(
@@ -127,7 +128,7 @@ class Keys:
         )
         kept = ("id", "name", "scopes", "collections", "created_at")
         row = {field: getattr(key, field) for field in kept} | _limits(rate, quota)
-        with self._catalog._write() as db:
+        with self._database.writing() as db:
             if db.execute(sa.select(_api_keys.c.id).where(_api_keys.c.name == name)).first() is not None:
                 raise InvalidInput(f"There is a key called {name!r} already, or was; take another name.")
             db.execute(sa.insert(_api_keys).values(**row, sha256=_digest(secret)))
@@ -135,7 +136,7 @@ class Keys:
 
     def list(self) -> list[ApiKey]:
         """All that were ever created, oldest first."""
-        with self._catalog._read() as db:
+        with self._database.reading() as db:
             rows = db.execute(sa.select(_api_keys).order_by(_api_keys.c.created_at, _api_keys.c.name))
             return [_key(row) for row in rows]
 
@@ -149,7 +150,7 @@ class Keys:
         Raises InvalidInput where there is no such key, or it is revoked.
         """
         here = _api_keys.c.name == name
-        with self._catalog._write() as db:
+        with self._database.writing() as db:
             row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
             if row is None or row.revoked_at is not None:
                 raise InvalidInput(f"There is no key called {name!r}, or it is revoked.")
@@ -160,7 +161,7 @@ class Keys:
     def revoke(self, name: str) -> ApiKey:
         """Make a key worthless, for good; doing so again changes nothing. Raises InvalidInput."""
         here = _api_keys.c.name == name
-        with self._catalog._write() as db:
+        with self._database.writing() as db:
             valid = here & _api_keys.c.revoked_at.is_(None)
             db.execute(sa.update(_api_keys).where(valid).values(revoked_at=_now()))
             row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
@@ -172,7 +173,7 @@ class Keys:
         """Whether nobody is let in without a key: where settings give one, or one was ever created."""
         if self._fixed:
             return True
-        with self._catalog._read() as db:
+        with self._database.reading() as db:
             return _is_any(db)
 
     def authenticate(self, given: str) -> Grant | None:
@@ -184,7 +185,7 @@ class Keys:
         digest = _digest(given)
         if any([hmac.compare_digest(digest, fixed) for fixed in self._fixed]):
             return Grant("CLASP_API_KEYS", everything)
-        with self._catalog._read() as db:
+        with self._database.reading() as db:
             row = None
             if (parts := _FORM.fullmatch(given)) is not None:
                 key_id, secret = parts.groups()

@@ -32,6 +32,7 @@ from clasp_core.catalog import Catalog, Place, Recording, StoredModel
 from clasp_core.durability import locked, place, sync_folder, write_whole
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import BackupFailed, InvalidBackup
+from clasp_core.faults import fault
 from clasp_core.library import AUDIO_FOLDER, CATALOG_FILE
 from clasp_core.store import AudioStore, Upload, stored_as
 
@@ -200,6 +201,7 @@ def restore(
                         place(copy.path, work / CATALOG_FILE)
                     else:
                         store.place(copy)
+                fault("restore.copied")
                 observe(done, len(manifest.files))
     return manifest
 
@@ -217,9 +219,10 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
     dropped: list[str] = []
     copied = copied_bytes = 0
     with closing(Catalog(_url(source), upgrade=False)) as live:
-        live.copy_to(work / "snapshot.sqlite3")
+        live.database.copy_to(work / "snapshot.sqlite3")
         with closing(Catalog(_url(work / "snapshot.sqlite3"))) as catalog:
             catalog.forget_leases()
+            fault("backup.copied")
             contents = _contents(catalog)
             for done, (sha256, recordings) in enumerate(contents.items(), 1):
                 file = File(_audio_path(sha256), sha256, recordings[0].size_bytes)
@@ -231,11 +234,12 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
                         continue
                     copied += 1
                     copied_bytes += file.bytes
+                    fault("backup.kept")
                 audio.append(file)
                 observe(done, len(contents))
             model, counts = catalog.active(), catalog.counts()
             # once more, so that nothing of the dropped is left, and all is in one file without a log
-            catalog.copy_to(work / CATALOG_FILE)
+            catalog.database.copy_to(work / CATALOG_FILE)
     manifest = Manifest(
         format=FORMAT,
         version=importlib.metadata.version("clasp-search"),
@@ -247,10 +251,13 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
     )
     sync_folder(destination)
     sync_folder(destination.parent)
+    fault("backup.placed")
     fields = asdict(manifest)
     fields["files"] = [*fields.pop("audio"), fields.pop("catalog")]
     write_whole(destination / MANIFEST, json.dumps(fields | {"sha256": _digest(fields)}, indent=1))
+    fault("backup.described")
     removed = _sweep(destination, kept, manifest)
+    fault("backup.swept")
     return Outcome(manifest, copied, copied_bytes, removed, tuple(dropped))
 
 
@@ -341,8 +348,11 @@ def _new_library(data_dir: Path) -> Iterator[Path]:
                 yield work
                 _require_empty(data_dir, {RESTORING})  # a service may have been started here
                 sync_folder(work / AUDIO_FOLDER)
+                fault("restore.verified")
                 (work / AUDIO_FOLDER).rename(data_dir / AUDIO_FOLDER)
+                fault("restore.moved")
                 os.link(work / CATALOG_FILE, data_dir / CATALOG_FILE)  # unlike a rename, never over another
+                fault("restore.linked")
                 sync_folder(data_dir)
                 sync_folder(data_dir.parent)
     except BaseException:

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clasp_core.errors import DiskFull
+from clasp_core.faults import fault
 
 
 def place(temporary: Path, final: Path) -> None:
     """Give a finished file its name: after any crash, `final` is the old file or the new, whole."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    fault("durability.synced")
     temporary.replace(final)
+    fault("durability.placed")
     sync_folder(final.parent)
 
 

@@ -24,6 +24,7 @@
     │   └── InvalidCheckpoint
     │       └── UnsafeCheckpoint
     ├── DataMismatch
+    ├── DataDamaged
     ├── IndexUnavailable
     ├── VoiceUnavailable
     ├── BackupFailed
@@ -186,6 +187,12 @@ class DataMismatch(ClaspError):
     """The data directory was written by another model or a newer version."""
 
     code = "data_mismatch"
+
+
+class DataDamaged(ClaspError):
+    """The data directory is not as this program left it: the catalogue, or a recording's bytes."""
+
+    code = "data_damaged"
 
 
 class IndexUnavailable(ClaspError):

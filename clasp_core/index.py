@@ -20,6 +20,7 @@ from readerwriterlock.rwlock import RWLockWrite
 from clasp_core.catalog import Changes
 from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
+from clasp_core.faults import fault
 from clasp_core.types import Embeddings
 from clasp_core.vectors import FaissStore, Mask, StoreMaker
 
@@ -226,6 +227,8 @@ class VectorIndex:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "saving").touch()
         with suppress(_Saving), locked(folder / "saving", _Saving()):
+            with suppress(OSError, ValueError, LookupError):  # what kills left here must not add up
+                _remove_all_but(json.loads((folder / SNAPSHOT_FILE).read_text())["file"], folder)
             temporary = folder / "saving.faiss"
             try:
                 with self._lock.gen_rlock():
@@ -234,17 +237,17 @@ class VectorIndex:
                     snapshot = Snapshot(
                         1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
                     )
+                fault("index.written")
                 place(temporary, folder / name)
-            finally:
-                temporary.unlink(
-                    missing_ok=True
-                )  # on a full disk, half of it would take the last of the room
+            finally:  # on a full disk, half of it would take the last of the room
+                temporary.unlink(missing_ok=True)
+            fault("index.placed")
             manifest = folder / "saving.json"
             manifest.write_text(json.dumps(asdict(snapshot)))
             place(manifest, folder / SNAPSHOT_FILE)
-            for path in folder.glob("vectors-*"):
-                if path.name != name:
-                    path.unlink(missing_ok=True)
+            fault("index.described")
+            _remove_all_but(name, folder)
+            fault("index.saved")
 
     @classmethod
     def load(cls, folder: Path, dim: int, model: str, new_store: StoreMaker = FaissStore) -> "VectorIndex":
@@ -292,6 +295,12 @@ def _check(vectors: Embeddings, dim: int) -> None:
         raise ValueError(f"vectors of shape {vectors.shape}; the index holds {dim} numbers each")
     if len(vectors) and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
         raise ValueError("a vector is not finite and of unit length")
+
+
+def _remove_all_but(name: str, folder: Path) -> None:
+    for path in folder.glob("vectors-*"):
+        if path.name != name:
+            path.unlink(missing_ok=True)
 
 
 def _file_name(seq: int, token: str) -> str:

@@ -31,6 +31,7 @@ from clasp_core.errors import (
     ProcessingFailed,
     SilentAudio,
 )
+from clasp_core.faults import fault
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
@@ -144,6 +145,7 @@ class Ingester:
             return 0
         if not leased:
             return 0
+        fault("ingest.leased")
         with _Heartbeat(self._extend, LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
@@ -190,11 +192,13 @@ class Ingester:
         with span("ingest", recordings=len(jobs)), closing(_ahead(_batches(segments))) as batches:
             for batch in batches:
                 mark = time.perf_counter()
+                fault("ingest.decoded")
                 langs = [job.recording.lang for job, _ in batch]
                 with span("embed", segments=len(batch)):
                     embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
                 for (job, _), segment in zip(batch, embedded, strict=True):
                     job.segments.append(segment)
+                fault("ingest.embedded")
                 timings.batches.append(len(batch))
                 timings.embed += time.perf_counter() - mark
                 if self._stopping.is_set():
@@ -230,6 +234,11 @@ class Ingester:
                     yield block
 
         try:
+            if not self._library.store.is_intact(job.recording.sha256):
+                job.error = ProcessingFailed(
+                    "The stored bytes of this recording are damaged; upload it again."
+                )
+                return
             segments = _segments(self._encoder.picture_rate, blocks, self._segmenting)
             for segment in _timed(segments, segmented):
                 yield job, segment
@@ -257,12 +266,14 @@ class Ingester:
             code, detail = error.code, error.detail
             self._written(lambda: self._queue.fail(key, self.owner, code=code, detail=detail))
             return False
+        fault("ingest.committing")
         duration_s = job.samples / SAMPLING_RATE
         done = self._written(
             lambda: self._queue.complete(
                 key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
             )
         )
+        fault("ingest.committed")
         if done:
             extent = {"duration_s": round(duration_s, 2), "segments": len(job.segments)}
             _log.info("recording ready", extra={"recording": job.recording.id, **extent})

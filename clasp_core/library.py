@@ -8,6 +8,7 @@ Embedding the recordings is `clasp_core.ingest`, which may run in another proces
 import base64
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import sqlalchemy as sa
+
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
-from clasp_core.errors import DataMismatch, DiskFull, InvalidField
+from clasp_core.errors import DataDamaged, DataMismatch, DiskFull, InvalidField
+from clasp_core.faults import fault
 from clasp_core.filters import Filter
 from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
@@ -26,6 +30,8 @@ from clasp_core.limits import FREELY, Admission
 from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, Seconds, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
+
+_log = logging.getLogger(__name__)
 
 CATALOG_FILE = "catalog.sqlite3"
 AUDIO_FOLDER = "audio"
@@ -139,7 +145,7 @@ class Library:
             metadata=_plain_json(metadata or {}),
         )
         try:
-            return self.catalog.register(
+            registered = self.catalog.register(
                 new,
                 lambda: self.store.place(upload),
                 within=within,
@@ -149,6 +155,8 @@ class Library:
         except DiskFull:  # perhaps of the row, when the bytes were in their place
             self.catalog.sweep([upload.sha256], self.store.remove)
             raise
+        fault("library.registered")
+        return registered
 
     def amend(
         self,
@@ -201,9 +209,11 @@ class Library:
         return deleted
 
     def _forget(self, sha256s: Sequence[str]) -> None:
+        fault("library.forgotten")
         self.catalog.sweep(sha256s, self.store.remove)
         if self._index is not None:
             self.refresh()
+        fault("library.deleted")
 
     def page(
         self,
@@ -232,10 +242,15 @@ class Library:
         return found[:limit], _encode_cursor(found[limit - 1]) if more else None
 
     def tidy(self) -> None:
-        """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models."""
+        """Remove what nobody needs: abandoned arrivals, bytes of no recording, vectors of retired models.
+
+        Raises DataDamaged where the catalogue contradicts itself: no bytes go on the word of such a one.
+        """
+        self.catalog.database.check()
         self.catalog.forget_retired()
         self.catalog.forget_done()
         self.store.discard_abandoned()
+        fault("library.tidied")
         self.catalog.sweep(list(self.store.stored()), self.store.remove)
 
     # --- search
@@ -301,6 +316,7 @@ class Library:
             if self._index is None:
                 self._index = VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
                 self._saved = self._index.point
+                fault("library.loaded")
             if self._index.point != self.catalog.last_change():
                 if not self.catalog.holds(self._index.point):
                     # the catalogue was put back to an earlier state, by a restored backup say: start over
@@ -309,6 +325,12 @@ class Library:
                     self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
                 ):
                     self._index.apply(changes)
+                    if changes.damaged:
+                        _log.error(
+                            "stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged)
+                        )
+                        self.catalog.embed_anew(changes.damaged, self.model)
+                    fault("library.applied")
                 self.observe_refresh(time.perf_counter() - began)
             return self._index
 
@@ -348,9 +370,22 @@ class Library:
 
 
 def open_catalog(data_dir: Path, database_url: str | None = None) -> Catalog:
-    """The catalogue of the library in a data directory, which is created. Raises as Catalog does."""
+    """The catalogue of the library in a data directory, which is created. Raises as Catalog does, and
+    DataDamaged where there are recordings without a catalogue: a new one would have them swept away."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    return Catalog(database_url or f"sqlite:///{data_dir / CATALOG_FILE}")
+    url = sa.make_url(database_url or f"sqlite:///{data_dir / CATALOG_FILE}")
+    orphaned = (data_dir / AUDIO_FOLDER).is_dir() and any(AudioStore(data_dir / AUDIO_FOLDER).stored())
+    if orphaned and url.get_backend_name() == "sqlite" and not _has_bytes(Path(url.database or "")):
+        raise DataDamaged(
+            f"{data_dir} holds recordings, but its catalogue {url.database} is missing or empty. Restore"
+            " the library from a backup (clasp restore) to another CLASP_DATA_DIR, or run a restore again"
+            f" that was cut short here. To begin anew, remove {data_dir / AUDIO_FOLDER}."
+        )
+    return Catalog(url, create=not orphaned)
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _ways_out(active: StoredModel, wanted: StoredModel) -> str:

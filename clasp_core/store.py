@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import BinaryIO
 
 from clasp_core.durability import needing_room, sync_folder
+from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import DiskFull
+from clasp_core.faults import fault
 from clasp_core.types import Seconds
 
 
@@ -43,6 +45,7 @@ class Upload:
             self._file.write(data)
         self._hash.update(data)
         self.size_bytes += len(data)
+        fault("store.receiving")
 
     def seal(self) -> None:
         """Everything written is on disk when this returns. Writing is over."""
@@ -50,6 +53,7 @@ class Upload:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+        fault("store.sealed")
 
     def _check_room(self) -> None:
         if self._min_free_bytes and shutil.disk_usage(self.path.parent).free < self._min_free_bytes:
@@ -96,12 +100,18 @@ class AudioStore:
         with needing_room():
             target.parent.mkdir(exist_ok=True)
             upload.path.rename(target)
+            fault("store.renamed")
             sync_folder(target.parent)
             sync_folder(self._root)
+        fault("store.placed")
 
     def open(self, sha256: str) -> BinaryIO:
         """The stored bytes for reading. FileNotFoundError where there are none."""
         return self._path(sha256).open("rb")
+
+    def is_intact(self, sha256: str) -> bool:
+        """Whether the stored bytes are those that were placed, by reading them. Raises as `open` does."""
+        return sha256_of(self._path(sha256)) == sha256
 
     def path(self, sha256: str) -> Path:
         """Where the bytes are, for serving a file; the name holds nothing a client chose."""
@@ -109,6 +119,7 @@ class AudioStore:
 
     def remove(self, sha256: str) -> None:
         self._path(sha256).unlink(missing_ok=True)
+        fault("store.removed")
 
     def stored(self) -> Iterator[str]:
         """sha256 of every stored file."""

@@ -30,12 +30,12 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def clasp(
-    *arguments: object, cwd: Path, within_s: float = 120, **settings: object
+    *arguments: object, cwd: Path, within_s: float = 120, program: str = "app.cli", **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
     return subprocess.run(
-        [sys.executable, "-m", "app.cli", *map(str, arguments)],
-        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200"},
+        [sys.executable, "-m", program, *map(str, arguments)],
+        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -61,6 +61,7 @@ class RunningService:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
+        self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
@@ -79,7 +80,7 @@ class RunningService:
 
     def start(self, *, wait: bool = True) -> "RunningService":
         with (self.data_dir / "service.log").open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = self.new_process(
                 [*self.under, sys.executable, "-m", self.program, "serve", "--port", str(self.port)],
                 env=environment(**self.settings) | {"PYTHONPATH": str(ROOT)},
                 stderr=log,

@@ -8,10 +8,13 @@ A recording that is asked with as sound is its own best hit; a text finds all, i
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from app import opening, workers
 from clasp_core.models import Model, Part
@@ -34,34 +37,46 @@ class SlowSpeechEncoder(SpectralSpeechEncoder):
         return super().encode(waveforms, pictured)
 
 
+OTHER = "other-stand-in"
+"""A second model, of another dimension, for a library to move to; by any other name it is the first."""
+
+
 class StandIn:
     """A `Model` of the encoders that tests use elsewhere."""
 
-    name = "stand-in"
-    dim = DIM
     about = "a stand-in for tests"
-    fingerprint = "57a4d1457a4d1457"
     calibration_file: Path | None = None
 
+    def __init__(self, name: str) -> None:
+        self.name = OTHER if name == OTHER else "stand-in"
+        self.dim = 2 * DIM if name == OTHER else DIM
+        self.fingerprint = "07e457a4d1457a4d" if name == OTHER else "57a4d1457a4d1457"
+
     def text_encoder(self) -> SlowTextEncoder:
-        return SlowTextEncoder()
+        return SlowTextEncoder(self.dim)
 
     def speech_encoder(self) -> SlowSpeechEncoder:
-        return SlowSpeechEncoder()
+        return SlowSpeechEncoder(self.dim)
 
     def parts(self) -> list[Part]:
         return []
 
 
 def open_stand_in(name: str, *, models_dir: Path | None = None, device: str = "cpu") -> Model:
-    return StandIn()
+    return StandIn(name)
 
 
-if __name__ == "__main__":
+def main(worker_process: Any = subprocess.Popen) -> None:
+    """Be `clasp`; `worker_process` is what its workers are started with."""
     opening.open_model = open_stand_in  # type: ignore[assignment]
     opening.use_threads = lambda threads: None  # type: ignore[assignment]
     workers.PROGRAM = (sys.executable, "-m", "tests.stand_in")
+    workers.subprocess = SimpleNamespace(Popen=worker_process, PIPE=subprocess.PIPE)  # type: ignore[assignment]
 
-    from app.cli import main
+    from app import cli
 
+    cli.main()
+
+
+if __name__ == "__main__":
     main()

@@ -1,12 +1,8 @@
 """Bounds: what one key may ask and keep, how much may wait, how long anything may take, and a full disk."""
 
-import contextlib
 import json
 import os
-import signal
 import socket
-import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -375,65 +371,3 @@ def test_who_does_not_take_the_answer_is_let_go(slow: RunningService) -> None:
         assert slow.client.get(f"{place}/content").content == content
     finally:
         slow.client.delete(place).raise_for_status()
-
-
-# --- a disk that is full
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A data directory on a disk of 24 MB."""
-    folder = tmp_path / "index_data"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "clasp-test", folder], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount the small disk that this needs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def fill(path: Path) -> None:
-    """Until nothing more can be written."""
-    with path.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
-
-
-def test_a_full_disk_loses_nothing(tiny: Path) -> None:
-    """The one failure every service meets some day: uploads are refused and leave nothing behind, what is
-    there is found, what was accepted waits, and all goes on once there is room."""
-    with RunningService(tiny.parent, program=STAND_IN, min_free_bytes=0) as service:
-        service.start()
-        first = service.ready(recording(0))["id"]
-        large = [os.urandom(5_000_000) for _ in range(6)]
-        answers = [service.upload(content) for content in large]
-        refused = [answer for answer in answers if answer.status_code != 202]
-        assert refused
-        for answer in refused:
-            check_problem(answer, 507, "disk_full")
-        eventually(lambda: {one["status"] for one in service.listed()} == {"ready", "failed"}, within_s=20)
-        assert len(service.stored()) == len(service.listed())
-        assert [hit["id"] for hit in service.found_by_sound(recording(0))] == [first]
-        for one in service.listed():
-            if one["id"] != first:
-                assert service.client.delete(f"/audio/{one['id']}").status_code == 204
-
-        (worker,) = service.worker_pids()
-        os.kill(worker, signal.SIGSTOP)
-        more = json.dumps({"notes": 30_000 * "x"})  # what is written again when the recording is leased
-        waiting = [service.upload(recording(n), metadata=more).json()["id"] for n in range(1, 30)]
-        fill(tiny / "filler")
-        os.kill(worker, signal.SIGCONT)
-        eventually(lambda: "room on the disk" in service.log(), within_s=20)
-        assert service.found("anything")[0]["id"]
-        assert service.client.get(f"/audio/{waiting[-1]}").json()["status"] in ("pending", "processing")
-        (tiny / "filler").unlink()
-        for one in waiting:
-            assert service.settled(one, within_s=30)["status"] == "ready"
-        with closing(sqlite3.connect(tiny / "catalog.sqlite3")) as db:
-            assert db.execute("SELECT DISTINCT attempts FROM recordings").fetchall() == [(1,)]
-        assert service.worker_pids() == [worker]
-        assert service.stop() == 0
-        assert "unexpected error" not in service.log()

@@ -1,19 +1,15 @@
-"""The life and death of processes: what was acknowledged survives every kill, and nothing lingers."""
+"""The life and death of processes: a dead worker is replaced, nothing lingers. More deaths: test_kills.py."""
 
 import json
-import random
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.audio_files import encode, speech
@@ -128,129 +124,6 @@ def test_everything_is_as_it_was_after_a_restart(alone: RunningService, samples:
         spoil()
         alone.start()
         assert (alone.listed(), alone.found("bees in the hive")) == before
-
-
-# --- at any moment
-
-
-ENOUGH = 400
-"""Recordings kept at a time, so that one listing and one search show them all."""
-FEW = 60
-"""Enough of them where minutes count."""
-
-
-@dataclass
-class Ledger:
-    """What several clients were told while everything was being killed around them."""
-
-    enough: int = ENOUGH
-    kept: dict[str, bytes] = field(default_factory=dict)
-    deleted: set[str] = field(default_factory=set)
-    unsure: set[str] = field(default_factory=set)
-    """Ids whose deletion was asked for and never answered."""
-    statuses: set[int] = field(default_factory=set)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def wanted(self) -> set[str]:
-        """What must be there."""
-        return set(self.kept) - self.deleted - self.unsure
-
-    def client(self, base_url: httpx.URL, number: int) -> None:
-        """Upload, now and then delete, and note the answers; what is not answered is tried again."""
-        chance = random.Random(number)
-        seeds = iter(range(number * 100_000, (number + 1) * 100_000))
-        pending: bytes | None = None
-        doomed: str | None = None
-        recent: list[str] = []
-        with httpx.Client(base_url=base_url, timeout=30) as client:
-            while not self.over.is_set():
-                try:
-                    enough = len(self.kept) - len(self.deleted) > self.enough
-                    if doomed is None and recent and (enough or chance.random() < 0.25):
-                        doomed = recent.pop(chance.randrange(len(recent)))
-                    if doomed is not None:
-                        self._delete(client, doomed)
-                        doomed = None
-                        continue
-                    pending = pending or encode(speech(0.5, seed=next(seeds)), 8_000)
-                    answer = client.post("/audio", files={"file": pending})
-                    self.statuses.add(answer.status_code)
-                    if answer.is_success:
-                        self.kept[answer.json()["id"]] = pending
-                        recent.append(answer.json()["id"])
-                        pending = None
-                    client.get("/search", params={"q": "anything"})
-                except httpx.TransportError:
-                    self.over.wait(0.1)
-                self.over.wait(0.1)
-
-    def _delete(self, client: httpx.Client, recording_id: str) -> None:
-        self.unsure.add(recording_id)
-        answer = client.delete(f"/audio/{recording_id}")
-        self.statuses.add(answer.status_code)
-        if answer.status_code == 204:
-            self.deleted.add(recording_id)
-            self.unsure.discard(recording_id)
-
-
-def kill_at_random(service: RunningService, rounds: int, seed: int, enough: int = ENOUGH) -> Ledger:
-    """Kill the worker and the API by turns at random moments, while four clients go on."""
-    chance = random.Random(seed)
-    ledger = Ledger(enough)
-    clients = [
-        threading.Thread(target=ledger.client, args=[service.client.base_url, number]) for number in range(4)
-    ]
-    for client in clients:
-        client.start()
-    try:
-        for number in range(rounds):
-            some = 5 * (number + 1)
-            eventually(lambda: len(ledger.wanted()) > some, within_s=60)  # noqa: B023 - called at once
-            ledger.over.wait(chance.uniform(0.0, 2.0))
-            service.kill_workers()
-            ledger.over.wait(chance.uniform(0.0, 1.5))
-            service.kill()
-            service.start(wait=False)
-            service.wait_until_ready()
-    finally:
-        ledger.over.set()
-        for client in clients:
-            client.join()
-    return ledger
-
-
-def check_nothing_is_lost(service: RunningService, ledger: Ledger) -> None:
-    """The invariants: acknowledged means kept, deleted means gone, and nothing is there twice."""
-    assert ledger.statuses <= {200, 202, 204, 404}, ledger.statuses
-    wanted = ledger.wanted()
-    assert len(wanted) > 5
-    all_ready(service, {name: ledger.kept[name] for name in wanted}, within_s=120)
-    listed = service.listed(limit=1000)
-    ids = [item["id"] for item in listed]
-    assert len(ids) == len(set(ids))
-    assert len({item["sha256"] for item in listed}) == len(listed)
-    assert ledger.deleted.isdisjoint(ids)
-    hits = {hit["id"] for hit in service.found("anything", limit=1000)}
-    assert hits == set(ids)
-    for recording_id in list(wanted)[:3]:
-        best = service.found_by_sound(ledger.kept[recording_id])[0]
-        assert best["id"] == recording_id
-        assert best["score"] > 0.999
-    assert service.stored() >= {f"{item['sha256'][:2]}/{item['sha256'][2:]}" for item in listed}
-
-
-def test_nothing_acknowledged_is_lost_whoever_is_killed_when(alone: RunningService) -> None:
-    """The promise that a library stands on. Four kills here; `make test-slow` has many more."""
-    ledger = kill_at_random(alone, rounds=2, seed=1, enough=FEW)
-    check_nothing_is_lost(alone, ledger)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [2, 3, 4])
-def test_nothing_acknowledged_is_lost_in_many_kills(alone: RunningService, seed: int) -> None:
-    """The same for longer and with other moments: the rare ones are what power cuts hit."""
-    check_nothing_is_lost(alone, kill_at_random(alone, rounds=15, seed=seed))
 
 
 # --- starts that must fail

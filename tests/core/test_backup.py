@@ -496,7 +496,7 @@ def test_a_catalogue_elsewhere(library: Library, data_dir: Path, place: Path, tm
         backup(data_dir, place, database_url=url)
     assert "secret" not in refused.value.detail
     elsewhere = tmp_path / "elsewhere.sqlite3"
-    library.catalog.copy_to(elsewhere)
+    library.catalog.database.copy_to(elsewhere)
     backup(data_dir, place, database_url=f"sqlite:///{elsewhere}")
     with pytest.raises(BackupFailed, match="pg_restore"):
         restore(place, tmp_path / "new", database_url=url)

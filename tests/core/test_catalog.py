@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from clasp_core.catalog import (
-    MAX_ATTEMPTS,
     ONCE_KEPT_S,
     Catalog,
     EmbeddedSegment,
@@ -26,6 +25,7 @@ from clasp_core.catalog import (
 )
 from clasp_core.errors import AmbiguousId, DataMismatch, IdConflict, IdempotencyMismatch, RecordingNotFound
 from clasp_core.filters import Condition, Filter
+from clasp_core.leases import MAX_ATTEMPTS
 from tests.core.doubles import (
     DIM,
     MODEL,

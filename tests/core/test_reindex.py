@@ -21,11 +21,13 @@ import sqlalchemy as sa
 
 from clasp_core import catalog as catalog_module
 from clasp_core import ingest, sandbox
-from clasp_core.catalog import MAX_ATTEMPTS, StoredModel
+from clasp_core import reindex as reindex_module
+from clasp_core.catalog import StoredModel
 from clasp_core.errors import DataMismatch, ProcessingFailed
 from clasp_core.ingest import Ingester, embed_recording
+from clasp_core.leases import MAX_ATTEMPTS
 from clasp_core.library import Hit, Library, Question
-from clasp_core.reindex import Outcome, Reindexer
+from clasp_core.reindex import Outcome, Reindexer, Reindexing
 from clasp_core.types import Embeddings, Waveform
 from tests.audio_files import hostile
 from tests.core.doubles import (
@@ -57,7 +59,7 @@ def no_zygote_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nobody_has_to_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Except in the test of it, arrivals do not wait after a switch."""
-    monkeypatch.setattr(catalog_module, "FOLLOW_WITHIN_S", 0.0)
+    monkeypatch.setattr(reindex_module, "FOLLOW_WITHIN_S", 0.0)
 
 
 @pytest.fixture
@@ -343,7 +345,7 @@ def test_the_end_comes_under_steady_uploads(open_as: Opener) -> None:
 
 def test_arrivals_wait_until_all_could_follow(open_as: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two services: one has followed and could embed at once what the other could not find yet."""
-    monkeypatch.setattr(catalog_module, "FOLLOW_WITHIN_S", 0.5)
+    monkeypatch.setattr(reindex_module, "FOLLOW_WITHIN_S", 0.5)
     old = open_as(OLD)
     fill(old, ["tone-1"])
     upload(old, tone_of("tone-2"), "tone-2")
@@ -360,7 +362,7 @@ def test_arrivals_do_not_wait_for_ever_for_a_run_that_died(open_as: Opener) -> N
     old = open_as(OLD)
     complete(old.catalog, register(old.catalog, "one"), random_vectors(1, 1))
     register(old.catalog, "two")
-    died = open_as(NEW, reindex=True).catalog.reindexing(NEW)
+    died = Reindexing(open_as(NEW, reindex=True).catalog, NEW)
     died.holding = True
     assert len(died.lease("dying", limit=1, lease_s=0.3)) == 1
     assert old.catalog.lease("worker", limit=1, lease_s=60) == []
@@ -425,7 +427,7 @@ def test_what_the_old_model_could_not_have_for_our_reasons_is_tried_by_the_new(o
 def test_many_that_are_lost_put_off_the_switch(open_as: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with half of the recordings is not mounted at the moment: nothing wrong with them, and they
     are searched as before until it is."""
-    monkeypatch.setattr(catalog_module, "TOLERABLE", 3)
+    monkeypatch.setattr(reindex_module, "TOLERABLE", 3)
     old = open_as(OLD)
     contents = fill(old, [f"tone-{number}" for number in range(20)])
     paths = [old.store.path(old.catalog.get(f"tone-{number}").sha256) for number in range(4)]
@@ -598,7 +600,7 @@ def test_a_way_that_was_given_up_leaves_nothing(
         given_up,
         SpectralSpeechEncoder(NEW.dim),
         max_duration_s=MAX_DURATION_S,
-        queue=given_up.catalog.reindexing(NEW),
+        queue=Reindexing(given_up.catalog, NEW),
     )
     assert worker.step() == 2
     assert len(stored(tmp_path)["tone-1"]) == 2
@@ -617,7 +619,7 @@ def test_a_way_that_was_given_up_leaves_nothing(
 def reindex_until_killed(data_dir: Path, parent: Connection) -> None:
     """Asks before each batch that it embeds, and says what it came to."""
     ingest.LEASE_S = 0.6
-    catalog_module.FOLLOW_WITHIN_S = 0.0
+    reindex_module.FOLLOW_WITHIN_S = 0.0
     library = Library(data_dir, model=NEW.fingerprint, name=NEW.name, dim=NEW.dim, reindex=True)
 
     def ask(_: object) -> None:
@@ -692,7 +694,7 @@ def switch_in_a_loop(data_dir: Path, alive: Connection) -> None:
     alive.send("begun")
     while True:
         active = catalog.active()
-        way = catalog.reindexing(NEW if active == OLD else OLD)
+        way = Reindexing(catalog, NEW if active == OLD else OLD)
         while way.switch() is None:
             for leased in way.lease("one", limit=2, lease_s=0):
                 segments = segments_of(random_vectors(leased.key, 2, way.model.dim))

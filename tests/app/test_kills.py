@@ -1,0 +1,69 @@
+"""What was acknowledged survives: a sample of `python -m tests.kill_test`, and that the whole is whole."""
+
+import io
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from clasp_core import faults
+from clasp_core.faults import POINTS
+from tests.kill_test import EVERYWHERE, run
+from tests.service import ROOT
+
+SAMPLE = [
+    ("upload", "catalog.registered"),
+    ("upload", "library.registered"),
+    ("worker", "catalog.completed"),
+    ("delete", "library.forgotten"),
+    ("shutdown", "index.placed"),
+    ("start", "library.tidied"),
+    ("backup", "backup.described"),
+    ("restore", "restore.moved"),
+    ("reindex", "reindex.switching"),
+]
+
+
+@pytest.mark.timeout(600)
+def test_nothing_acknowledged_is_lost_whoever_is_killed_when(tmp_path: Path) -> None:
+    """The promise that a library stands on, where it is hardest to keep, and at a few random moments."""
+    log = io.StringIO()
+    summary = run(tmp_path, kills=len(SAMPLE) + 8, seed=7, log=log, points=SAMPLE)
+    assert summary["violations"] == [], log.getvalue()
+    assert summary["points_passed"] == len(SAMPLE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_nothing_acknowledged_is_lost_in_three_hundred_kills(tmp_path: Path) -> None:
+    """Every point, and the moments between them: the rare ones are what power cuts hit."""
+    log = io.StringIO()
+    summary = run(tmp_path, kills=300, seed=random.SystemRandom().randrange(1000), log=log, points=EVERYWHERE)
+    assert summary["violations"] == [], log.getvalue()
+    assert summary["points_passed"] == len(EVERYWHERE)
+
+
+def test_every_point_is_killed_at() -> None:
+    """A point that nobody dies at proves nothing; one that is misspelt is never passed."""
+    passed = [
+        point
+        for path in sorted((ROOT / "clasp_core").glob("*.py"))
+        for point in re.findall(r'\bfault\("([^"]+)"\)', path.read_text())
+    ]
+    assert sorted(passed) == sorted(POINTS)
+    assert {point for _, point in EVERYWHERE} == POINTS.keys()
+
+
+def test_nothing_is_armed_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sets nothing risks nothing, and a name that is no point kills nobody."""
+    assert faults._from_environment("") is None
+    assert faults._armed is None
+    die = faults._from_environment("library.registered:3")
+    assert die is not None
+    killed: list[int] = []
+    monkeypatch.setattr(faults.os, "kill", lambda pid, number: killed.append(number))
+    for _ in range(5):
+        for point in POINTS:
+            die(point)
+    assert killed == [9]
