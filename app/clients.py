@@ -19,6 +19,8 @@ from app.uploads import STREAMED
 from clasp_core.types import Seconds
 
 _SEARCHES = frozenset({"/search", "/search/audio"})
+MAX_HEAD_BYTES = 128 << 10
+"""What a request may have before its body. An address is legible up to 64 KiB."""
 CLIENT_GONE = 499
 """What the log and the metrics call the answer that nobody was there to get; nginx's number."""
 
@@ -106,7 +108,8 @@ class Connection(HttpToolsProtocol):
 
     A request's head must be there so long after the connection was made, or after its first byte; and of an
     answer, some tens of kilobytes must be taken in that time. What comes beyond `most` connections is
-    answered 503 `not_ready` before it says anything.
+    answered 503 `not_ready` before it says anything. What is no HTTP, or has a head beyond MAX_HEAD_BYTES
+    (which uvicorn would collect, ever more slowly, whatever its size), is answered 400 `malformed_request`.
     """
 
     def __init__(self, *args: Any, idle_s: Seconds, most: int, **more: Any) -> None:  # noqa: ANN401
@@ -114,6 +117,7 @@ class Connection(HttpToolsProtocol):
         self._idle_s = idle_s
         self._most = most
         self._asking: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes = False, 0
         self._taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -128,14 +132,24 @@ class Connection(HttpToolsProtocol):
         if self._asking is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
 
     def send_400_response(self, msg: str) -> None:
-        self.transport.write(_NOT_HTTP)
+        if self.cycle is None or self.cycle.response_complete:  # else it would be in the middle of an answer
+            self.transport.write(_NOT_HTTP)
         self.transport.close()
 
     def on_headers_complete(self) -> None:
         _stop(self._asking)
         self._asking = None
+        self._in_head = False
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
@@ -171,7 +185,7 @@ _REFUSAL = _as_bytes(problem("not_ready", "Too many connections; try again in a 
 _NOT_HTTP = _as_bytes(
     problem(
         "malformed_request",
-        "This is no HTTP request, or its address has 64 KiB or more.",
+        "This is no HTTP request, or its address has 64 KiB or more, or its head 128 KiB.",
         headers=_CLOSE,
     )
 )

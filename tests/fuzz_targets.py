@@ -30,7 +30,7 @@ from app.routes import (
 from app.schemas import FilterBody, RecordingPatch, SearchBody, SearchesBody, Searching, _merged, filter_of
 from app.uploads import FILE_FIELDS, _FormSink, _media_type
 from clasp_core import sandbox
-from clasp_core.catalog import _create_engine, _recordings
+from clasp_core.database import RECORDINGS, create_engine
 from clasp_core.errors import InvalidAudio, InvalidField, InvalidLanguage
 from clasp_core.filters import Filter, holds
 from clasp_core.language import MAX_TAG_LENGTH, canonical_tag
@@ -75,7 +75,7 @@ def search_body(data: bytes) -> None:
             question.q.encode()
 
 
-RECORDS: list[dict[str, Any]] = [
+KEPT: list[dict[str, Any]] = [
     *(
         {"n": n}
         for n in (0, 1, 1.5, -0.0, 2**53 + 1, 2**64, 1e308, True, None, "", "1", "a\0b", "é", [1], {})
@@ -99,22 +99,22 @@ def filter_(data: bytes) -> None:
             wanted = filter_of(body, frozenset({"default"}))
             _keys(wanted)
             told = json.dumps([[one.name, one.relation, json.loads(one.value)] for one in wanted.metadata])
-            right = {key for key, metadata in enumerate(RECORDS) if holds(json.dumps(metadata), told)}
+            right = {key for key, metadata in enumerate(KEPT) if holds(json.dumps(metadata), told)}
             assert _keys(Filter(metadata=wanted.metadata)) == right
 
 
 def _keys(wanted: Filter) -> set[int]:
-    query = sa.select(_recordings.c.key).where(wanted.where(_recordings, "sqlite"))
+    query = sa.select(RECORDINGS.c.key).where(wanted.where(RECORDINGS, "sqlite"))
     return set(_database().execute(query).scalars())
 
 
 @cache
 def _database() -> sa.Connection:
-    """RECORDS, in memory."""
-    database = _create_engine("sqlite://").connect()
-    _recordings.create(database)
-    for key, metadata in enumerate(RECORDS):
-        database.execute(_recordings.insert().values(key=key, metadata=metadata, collection="default"))
+    """KEPT, in memory."""
+    database = create_engine("sqlite://").connect()
+    RECORDINGS.create(database)
+    for key, metadata in enumerate(KEPT):
+        database.execute(RECORDINGS.insert().values(key=key, metadata=metadata, collection="default"))
     return database
 
 
@@ -125,7 +125,7 @@ def patch(data: bytes) -> None:
         change = _parsed(RecordingPatch, data, "body").metadata or {}
         if _is_deeper(change, MAX_METADATA_DEPTH):
             return
-        for before in RECORDS:
+        for before in KEPT:
             after = _merged(before, change)
             _bounded(after)
             assert json.loads(json.dumps(_plain_json(after), allow_nan=False)) == after

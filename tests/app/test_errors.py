@@ -91,8 +91,12 @@ def test_what_is_not_json_is_malformed(service: RunningService, body: str) -> No
 
 @pytest.mark.parametrize(
     "head",
-    [b"x\r\n\r\n", b"GET /audio?filter=%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 65_536)],
-    ids=["no HTTP", "long"],
+    [
+        b"x\r\n\r\n",
+        b"GET /audio?filter=%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 65_536),
+        b"GET / HTTP/1.1\r\nX: " + b"a" * (128 << 10),
+    ],
+    ids=["no HTTP", "long address", "long head"],
 )
 def test_what_is_no_request_has_the_form_too(service: RunningService, head: bytes) -> None:
     """A filter that is too long for an address is met by honest clients; uvicorn answers it in plain text."""
