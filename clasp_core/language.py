@@ -18,9 +18,9 @@ MAX_TAG_LENGTH = 100
 
 _WELL_FORMED = re.compile(
     r"""
-    (?: [a-z]{2,3} (?: - [a-z]{3} ){0,3}                   # language, extended language
-        (?: - [a-z]{4} )?                                  # script
-        (?: - (?: [a-z]{2} | [0-9]{3} ) )?                 # region
+    (?: [a-z]{2,3} (?P<extended> (?: - [a-z]{3} ){0,3} )   # language, extended language
+        (?P<script> - [a-z]{4} )?
+        (?P<region> - (?: [a-z]{2} | [0-9]{3} ) )?
         (?P<variants> (?: - (?: [a-z0-9]{5,8} | [0-9][a-z0-9]{3} ) )* )
         (?P<extensions> (?: - [a-wyz0-9] (?: - [a-z0-9]{2,8} )+ )* )
         (?: - x (?: - [a-z0-9]{1,8} )+ )?                  # private use
@@ -57,8 +57,11 @@ def _canonical(tag: str) -> str:
     singletons = re.findall(r"-([a-z0-9])(?=-)", (match["extensions"] or "").lower())
     if len(set(variants)) < len(variants) or len(set(singletons)) < len(singletons):
         raise InvalidLanguage(f"{advice}: it repeats a part.")
+    # langcodes takes a region's digits after an extended language for another one, but not after a script
+    between = "-Zzzz" if match["extended"] and not match["script"] and match["region"] else ""
+    place = match.start("region") if between else 0
     try:
-        return langcodes.standardize_tag(tag)
+        return langcodes.standardize_tag(tag[:place] + between + tag[place:]).replace(between, "", 1)
     except ValueError as error:
         raise InvalidLanguage(f"{advice}.") from error
 

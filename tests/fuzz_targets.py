@@ -68,7 +68,7 @@ def metadata(data: bytes) -> None:
 
 def search_body(data: bytes) -> None:
     """Questions with filters that can be compared and kept in a set, or what FastAPI turns into a 422."""
-    with contextlib.suppress(ValidationError):
+    with contextlib.suppress(ValidationError, InvalidLanguage):
         body = _bodies.validate_json(data)
         for question in [body] if isinstance(body, SearchBody) else body.queries:
             hash(filter_of(question.filter, None))

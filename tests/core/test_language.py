@@ -24,8 +24,11 @@ TEXTS = st.one_of(st.text(), st.text(alphabet=NASTY, max_size=12))
 subtag = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789", min_size=1, max_size=8)
 letters = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ", min_size=2, max_size=3)
 WELL_FORMED = st.builds(
-    lambda language, script, region, private: "-".join([language, *script, *region, *private]),
+    lambda language, extended, script, region, private: "-".join(
+        [language, *extended, *script, *region, *private]
+    ),
     letters,
+    st.lists(st.sampled_from(["yue", "ssp", "abc"]), max_size=2, unique=True),
     st.lists(st.text("abcdXYZ", min_size=4, max_size=4), max_size=1),
     st.lists(st.sampled_from(["ir", "US", "419", "zz"]), max_size=1),
     st.one_of(st.just([]), st.lists(subtag, min_size=1, max_size=3).map(lambda parts: ["x", *parts])),
@@ -43,6 +46,11 @@ WELL_FORMED = st.builds(
         ("eng", "en"),
         ("es-419", "es-419"),
         ("de-1996", "de-1996"),
+        ("zh-yue-419", "yue-419"),
+        ("es-ssp-419", "es-ssp-419"),
+        ("deu-efk-Latn-199-056bebka", "de-efk-199-056bebka"),
+        ("es-ssp-mx-x-Zzzz", "es-ssp-MX-x-zzzz"),
+        ("es-ssp-Zzzz-419", "es-ssp-Zzzz-419"),
         ("en-GB-oed", "en-GB-oxendict"),
         ("i-klingon", "tlh"),
         ("fa-u-nu-latn", "fa-u-nu-latn"),
