@@ -307,6 +307,7 @@ class _FormSink(_RawSink):
         self._field = bytearray()
         self._parts = 0
         self._has_file = False
+        self._begun = False
         self._complete = False
         self._parser = MultipartParser(
             boundary,
@@ -323,6 +324,10 @@ class _FormSink(_RawSink):
         )
 
     def feed(self, data: bytes) -> None:
+        if not self._begun:
+            # after a line's end the parser would ignore anything, as far as it comes in one piece
+            data = data.lstrip(b"\r\n")
+            self._begun = bool(data)
         try:
             self._parser.write(data)
         except FormParserError as error:

@@ -214,7 +214,9 @@ SEEDS: dict[str, list[bytes]] = {
         b"\x10\x40\x80\xc0\xe0\xf0\xf8\xff--b0undary\r\n"
         b'Content-Disposition: form-data; name="id"\r\n\r\na\r\n--b0undary\r\n'
         b'Content-Disposition: form-data; name="file"; filename="x.wav"\r\nContent-Type: audio/wav\r\n\r\n'
-        b"RIFF\r\n--b0undar\r\n--b0undary--\r\n"
+        b"RIFF\r\n--b0undar\r\n--b0undary--\r\n",
+        b"\x10\x40\x80\xc0\xe0\xf0\xf8\xff\r\na\n--b0undary\r\n"
+        b'Content-Disposition: form-data; name="id"\r\n\r\na\r\n--b0undary--',
     ],
     "decode": [b"\0", b"\1"],
 }
