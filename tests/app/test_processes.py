@@ -25,6 +25,13 @@ def recording(seed: int) -> bytes:
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[RunningService]:
     """A service of this test's own."""
+    with RunningService(tmp_path, program="tests.stand_in") as running:
+        yield running.start()
+
+
+@pytest.fixture
+def embedding(tmp_path: Path) -> Iterator[RunningService]:
+    """The same with a real model, which takes its time."""
     with RunningService(tmp_path) as running:
         yield running.start()
 
@@ -92,19 +99,19 @@ def test_workers_end_when_the_api_is_killed(alone: RunningService) -> None:
     eventually(lambda: not any(map(is_alive, processes)), within_s=25)
 
 
-def test_sigterm_ends_everything_in_time(alone: RunningService) -> None:
+def test_sigterm_ends_everything_in_time(embedding: RunningService) -> None:
     """Container platforms give 30 seconds and then kill; status 0 says that nothing went wrong. What was
     in the middle of being embedded is simply done after the next start."""
-    long = alone.upload(encode(speech(90.0), 16_000)).json()["id"]
-    eventually(lambda: alone.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
-    processes = alone.processes()
+    long = embedding.upload(encode(speech(90.0), 16_000)).json()["id"]
+    eventually(lambda: embedding.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
+    processes = embedding.processes()
     began = time.monotonic()
-    assert alone.stop() == 0
+    assert embedding.stop() == 0
     assert time.monotonic() - began < 30
     eventually(lambda: not any(map(is_alive, processes)), within_s=5)
-    assert "Fatal Python error" not in alone.log()
-    alone.start()
-    assert alone.settled(long)["status"] == "ready"
+    assert "Fatal Python error" not in embedding.log()
+    embedding.start()
+    assert embedding.settled(long)["status"] == "ready"
 
 
 def test_everything_is_as_it_was_after_a_restart(alone: RunningService, samples: dict[str, Sample]) -> None:
