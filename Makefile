@@ -37,7 +37,7 @@ serve: $(VENV)/base
 	$(BIN)/clasp serve
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow

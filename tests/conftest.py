@@ -21,7 +21,9 @@ MAX_UPLOAD_BYTES = 4_000_000
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `slow` run only when the expression after `-m` speaks of them."""
+    """Tests marked `slow` run only when the expression after `-m` speaks of them. Those that start processes
+    come first, so that none of the long ones is what all others wait for at the end."""
+    items.sort(key=lambda item: item.path.parent.name == "core")
     if "slow" in config.getoption("markexpr"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

@@ -26,7 +26,8 @@ from clasp_core.types import Embeddings
 from tests.app.test_processes import refuses_to_start
 from tests.audio_files import encode, speech
 from tests.core.doubles import LetterTextEncoder, SpectralSpeechEncoder, add, random_vectors
-from tests.service import RunningService, clasp, environment, eventually
+from tests.service import ROOT, RunningService, clasp, environment, eventually
+from tests.stand_in import OTHER
 
 QUESTION = "the train is late because of a tree"
 
@@ -58,11 +59,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def reindexing(folder: Path, model: Path) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", "app.cli", "reindex", "--model", str(model), "--json"]
+def reindexing(
+    folder: Path, model: Path | str, program: str = "app.cli"
+) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", program, "reindex", "--model", str(model), "--json"]
     with subprocess.Popen(
         command,
-        env=environment(threads=1),
+        env=environment(threads=1) | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -143,10 +146,14 @@ class Witness:
 
 
 @pytest.mark.timeout(240)
-def test_a_service_changes_its_model_without_an_interruption(tmp_path: Path, other: Path) -> None:
+def test_a_service_changes_its_model_without_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An operator brings a better model to a service in use. Nobody who uploads, deletes or asks at that time
     may notice but by the model's name in the answers."""
-    with RunningService(tmp_path) as service:
+    monkeypatch.setenv("STAND_IN_PAUSE_S", "0.1")
+    program, other = "tests.stand_in", OTHER
+    with RunningService(tmp_path, program=program) as service:
         service.start()
         witness = Witness({f"a{seed}": recording(seed) for seed in range(12)})
         for name, content in witness.contents.items():
@@ -159,7 +166,7 @@ def test_a_service_changes_its_model_without_an_interruption(tmp_path: Path, oth
         client = threading.Thread(target=witness.watch, args=[service.client.base_url])
         client.start()
         try:
-            with reindexing(tmp_path, other) as process:
+            with reindexing(tmp_path, other, program) as process:
                 outcome = finished(process)
             new = outcome["model"]["fingerprint"]
             assert (outcome["result"], outcome["failed"]) == ("switched", [])
