@@ -17,6 +17,7 @@ Prints a JSON summary. The service has the stand-in model, and takes ten minutes
 import argparse
 import gzip
 import io
+import itertools
 import json
 import struct
 import sys
@@ -83,11 +84,12 @@ def files(count: int, seed: int) -> Iterator[Hostile]:
     """That many, of all families in turn; the bombs, which cost seconds each, at most once each."""
     rng = np.random.default_rng(seed)
     once = [(bomb.__name__, bomb()) for bomb in BOMBS]
+    turns = itertools.cycle(FAMILIES)
     for number in range(count):
         if number % 12 == 5 and once:
             family, content = once.pop()
         else:
-            make = FAMILIES[number % len(FAMILIES)]
+            make = next(turns)
             family, content = make.__name__, make(rng)
         yield Hostile(
             family.strip("_"),
