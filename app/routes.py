@@ -226,15 +226,9 @@ def list_recordings(
     cursor: str | None = None,
     filter: Annotated[str | None, Query(include_in_schema=False), _EMPTY_IS_ABSENT] = None,
 ) -> RecordingPage:
-    wanted = None if filter is None else _parsed(FilterBody, filter, "query", "filter")
-    within = visible(grant, collection)
-    found, following = service.library.page(
-        status=status,
-        cursor=cursor,
-        limit=limit,
-        within=within,
-        wanted=None if wanted is None else schemas.filter_of(wanted, within),
-    )
+    body = FilterBody() if filter is None else _parsed(FilterBody, filter, "query", "filter")
+    wanted = schemas.filter_of(body, visible(grant, collection))
+    found, following = service.library.page(wanted=wanted, status=status, cursor=cursor, limit=limit)
     return RecordingPage(items=[RecordingBody.of(recording) for recording in found], next_cursor=following)
 
 

@@ -265,7 +265,7 @@ def _contents(catalog: Catalog) -> dict[str, list[Recording]]:
     """Recordings by their bytes' sha256; some may have the same in different collections."""
     contents: dict[str, list[Recording]] = {}
     before = None
-    while page := catalog.page(collection=None, status=None, before=before, limit=1000):
+    while page := catalog.page(before=before, limit=1000):
         for recording in page:
             contents.setdefault(recording.sha256, []).append(recording)
         last = page[-1]

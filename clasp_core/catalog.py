@@ -34,7 +34,7 @@ from clasp_core.errors import (
     RecordingNotFound,
 )
 from clasp_core.faults import fault
-from clasp_core.filters import Filter
+from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.leases import Leases
 from clasp_core.limits import FREELY, Admission, Held
 from clasp_core.types import Embeddings, Seconds
@@ -315,23 +315,15 @@ class Catalog:
     def page(
         self,
         *,
-        collection: str | None,
-        status: str | None,
-        before: Place | None,
+        wanted: Filter = EVERYTHING,
+        status: str | None = None,
+        before: Place | None = None,
         limit: int,
-        within: Set[str] | None = None,
-        wanted: Filter | None = None,
     ) -> list[Recording]:
-        """Up to `limit` recordings, newest first, of those `wanted` that stand behind `before`."""
+        """Up to `limit` recordings behind `before`, newest first: those `wanted` with that status, or any."""
         place = [RECORDINGS.c[field] for field in Place._fields]
-        query = sa.select(*_RECORDING_COLUMNS).where(_inside(within)).limit(limit)
-        if wanted is not None:
-            query = query.where(self._meant(wanted, None))
+        query = sa.select(*_RECORDING_COLUMNS).where(self._meant(wanted, status)).limit(limit)
         query = query.order_by(*(column.desc() for column in place))
-        if collection is not None:
-            query = query.where(RECORDINGS.c.collection == collection)
-        if status is not None:
-            query = query.where(RECORDINGS.c.status == status)
         if before is not None:
             last = [sa.literal(value, column.type) for value, column in zip(before, place, strict=True)]
             query = query.where(sa.tuple_(*place) < sa.tuple_(*last))

@@ -100,6 +100,9 @@ class Filter:
         return sa.and_(*said)
 
 
+EVERYTHING = Filter()
+
+
 def holds(metadata: str, conditions: str) -> bool:
     """Whether an object, as JSON, meets all conditions, as `Filter.where` writes them.
 

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
 from clasp_core.errors import DataDamaged, DataMismatch, DiskFull, InvalidField
 from clasp_core.faults import fault
-from clasp_core.filters import Filter
+from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.limits import FREELY, Admission
@@ -39,7 +39,6 @@ CHANGES_AT_ONCE = 500
 DELETED_AT_ONCE = 200
 """Few enough for others, who wait to write meanwhile, not to notice."""
 MAX_HITS = 1000
-EVERYTHING = Filter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,26 +217,17 @@ class Library:
     def page(
         self,
         *,
-        collection: str | None = None,
+        wanted: Filter = EVERYTHING,
         status: str | None = None,
         cursor: str | None = None,
         limit: int = 100,
-        within: Set[str] | None = None,
-        wanted: Filter | None = None,
     ) -> tuple[list[Recording], str | None]:
         """Recordings that are `wanted`, newest first, and the cursor of the next page (None after the last).
 
         Pages neither skip nor repeat a recording while others are added or deleted.
         """
         before = None if cursor is None else _decode_cursor(cursor)
-        found = self.catalog.page(
-            collection=collection,
-            status=status,
-            before=before,
-            limit=limit + 1,
-            within=within,
-            wanted=wanted,
-        )
+        found = self.catalog.page(wanted=wanted, status=status, before=before, limit=limit + 1)
         more = len(found) > limit
         return found[:limit], _encode_cursor(found[limit - 1]) if more else None
 

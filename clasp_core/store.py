@@ -71,9 +71,7 @@ class Upload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # what it still holds is not wanted, and there may be no room for it
+        with contextlib.suppress(OSError):  # there may be no room for what it holds, and nobody wants that
             self._file.close()
         self.path.unlink(missing_ok=True)
 

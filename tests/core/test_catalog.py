@@ -216,7 +216,7 @@ def test_pages_neither_skip_nor_repeat_while_rows_come_and_go(catalog: Catalog) 
         register(catalog, f"{number}")
     seen: list[str] = []
     before = None
-    while page := catalog.page(collection=None, status=None, before=before, limit=3):
+    while page := catalog.page(before=before, limit=3):
         seen += ids(page)
         last = page[-1]
         before = Place(last.created_at, last.id, last.collection)
@@ -224,7 +224,7 @@ def test_pages_neither_skip_nor_repeat_while_rows_come_and_go(catalog: Catalog) 
         catalog.delete(last.id)
         if last.key > 5:
             catalog.delete(f"{last.key - 4}")  # one that a later page would have begun or ended with
-    stayed = {recording.id for recording in catalog.page(collection=None, status=None, before=None, limit=99)}
+    stayed = {recording.id for recording in catalog.page(limit=99)}
     assert len(seen) == len(set(seen))
     assert {name for name in stayed if not name.startswith("new")} <= set(seen)
     assert seen == sorted(seen, key=int, reverse=True)
@@ -237,15 +237,15 @@ def test_pages_hold_only_what_was_asked_for(catalog: Catalog) -> None:
     (leased,) = catalog.lease("me", limit=1, lease_s=60)
     catalog.fail(leased.key, "me", code="silent_audio", detail="Silence.")
     everything = {"before": None, "limit": 10}
-    assert ids(catalog.page(collection="even", status=None, **everything)) == ["4", "2", "0"]
-    assert ids(catalog.page(collection=None, status="failed", **everything)) == ["0"]
-    assert ids(catalog.page(collection="odd", status="failed", **everything)) == []
-    assert ids(catalog.page(collection=None, status=None, within={"odd", "none"}, **everything)) == [
+    assert ids(catalog.page(wanted=Filter(collection="even"), **everything)) == ["4", "2", "0"]
+    assert ids(catalog.page(status="failed", **everything)) == ["0"]
+    assert ids(catalog.page(wanted=Filter(collection="odd"), status="failed", **everything)) == []
+    assert ids(catalog.page(wanted=Filter(within=frozenset({"odd", "none"})), **everything)) == [
         "5",
         "3",
         "1",
     ]
-    assert ids(catalog.page(collection="odd", status=None, within={"even"}, **everything)) == []
+    assert ids(catalog.page(wanted=Filter(collection="odd", within=frozenset({"even"})), **everything)) == []
 
 
 def test_counts_and_the_longest_wait(catalog: Catalog) -> None:
@@ -643,7 +643,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9(url: str, tmp_path: Path) -> Non
     catalog = Catalog(url)
     changes = catalog.changes(0, limit=10**6, model=MODEL, dim=DIM)
     assert changes is not None
-    ready = catalog.page(collection=None, status="ready", before=None, limit=10**6)
+    ready = catalog.page(status="ready", limit=10**6)
     assert {name for name, status in acknowledged.items() if status == "ready"} <= set(ids(ready))
     assert sorted(changes.owners.tolist()) == sorted(2 * [recording.key for recording in ready])
     assert changes.recordings == {recording.key for recording in ready}

@@ -157,7 +157,7 @@ def test_a_filter_chooses_what_plain_python_chooses(
     expected = [
         number for number, metadata in enumerate(contents) if all(passes(metadata, *one) for one in wanted)
     ]
-    listed = catalog.page(collection=None, status=None, before=None, limit=100, wanted=meant)
+    listed = catalog.page(limit=100, wanted=meant)
     assert numbered(listed) == expected
     assert catalog.count(meant, status=None) == len(expected)
 
@@ -188,7 +188,7 @@ def test_every_relation_with_every_kind(catalog: Catalog, relation: str) -> None
             given_value = [value] if relation == "in" else value
             wanted = Condition.of(name, relation, given_value)  # type: ignore[arg-type]
             meant = Filter(collection=collection, metadata=(wanted, everywhere))
-            listed = catalog.page(collection=None, status=None, before=None, limit=100, wanted=meant)
+            listed = catalog.page(limit=100, wanted=meant)
             assert numbered(listed) == [
                 number
                 for number, (its, own) in enumerate(MEMBERS)
@@ -205,7 +205,7 @@ def test_times_and_lengths_and_names(tmp_path: Path) -> None:
         complete(catalog, recording, random_vectors(length, length))
 
     def found(**wanted: Any) -> list[str]:
-        listed = catalog.page(collection=None, status=None, before=None, limit=100, wanted=Filter(**wanted))
+        listed = catalog.page(limit=100, wanted=Filter(**wanted))
         assert catalog.count(Filter(**wanted), status=None) == len(listed)
         return sorted(recording.id for recording in listed)
 

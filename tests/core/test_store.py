@@ -195,7 +195,7 @@ def test_no_recording_is_ever_without_its_bytes(store: AudioStore, tmp_path: Pat
     over.set()
     sweeper.join()
     assert missing == []
-    rows = catalog.page(collection=None, status=None, before=None, limit=100)
+    rows = catalog.page(limit=100)
     assert sorted(store.stored()) == sorted({row.sha256 for row in rows})
     assert arriving(store) == []
     catalog.close()
