@@ -110,6 +110,12 @@ def logged(service: RunningService, message: str, **members: object) -> list[dic
     ]
 
 
+def request_line(service: RunningService, request_id: str) -> dict[str, Any]:
+    """The one line of that request. It is written once the answer is sent, so it may come after the answer."""
+    (line,) = eventually(lambda: logged(service, "request", request_id=request_id), within_s=5)
+    return line
+
+
 # --- metrics
 
 
@@ -198,15 +204,15 @@ def test_a_recording_can_be_followed_by_its_id(watched: RunningService) -> None:
     )
     assert uploaded.status_code == 202
     watched.settled("followed")
-    (request,) = logged(watched, "request", request_id="up-1")
+    request = request_line(watched, "up-1")
     assert request["recording"] == "followed"
     (made,) = eventually(lambda: logged(watched, "recording ready", recording="followed"), within_s=5)
     assert made["owner"] in [entry["owner"] for entry in logged(watched, "worker ready")]
     watched.client.delete("/audio/followed", headers={"X-Request-ID": "away-1"}).raise_for_status()
-    (request,) = logged(watched, "request", request_id="away-1")
+    request = request_line(watched, "away-1")
     assert request["recording"] == "followed"
     watched.client.get("/audio/followed", headers={"X-Request-ID": "gone-1"})
-    (request,) = logged(watched, "request", request_id="gone-1")
+    request = request_line(watched, "gone-1")
     assert request["code"] == "recording_not_found"
 
 
@@ -300,7 +306,7 @@ def test_questions_are_logged_where_that_is_asked_for(tmp_path: Path) -> None:
         service.client.get(
             "/search", params={"q": "Wo ist der Zug?", "lang": "de"}, headers={"X-Request-ID": "a"}
         )
-        (line,) = logged(service, "question")
+        (line,) = eventually(lambda: logged(service, "question"), within_s=5)
         assert (line["q"], line["lang"], line["request_id"]) == ("Wo ist der Zug?", "de", "a")
 
 
@@ -346,7 +352,7 @@ def test_traces_reach_the_collector(watched: RunningService, collector: Collecto
         found[f"worker {stage}"].parent_span_id == ingest.span_id for stage in ("decode", "embed", "commit")
     )
     assert not any("readyz" in span.name for _, span in collector.spans())
-    (line,) = logged(watched, "request", request_id="traced-1")
+    line = request_line(watched, "traced-1")
     assert line["trace_id"] == trace
 
 
