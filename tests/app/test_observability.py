@@ -111,7 +111,7 @@ def logged(service: RunningService, message: str, **members: object) -> list[dic
 
 
 def request_line(service: RunningService, request_id: str) -> dict[str, Any]:
-    """The one line of that request. It is written once the answer is sent, so it may come after the answer."""
+    """The one line of that request. It is written once the answer is sent, so it may come later."""
     (line,) = eventually(lambda: logged(service, "request", request_id=request_id), within_s=5)
     return line
 
