@@ -597,11 +597,46 @@ class Catalog:
 
     def spans(self, segments: Sequence[tuple[int, int]], *, model: str) -> dict[tuple[int, int], Span]:
         """A model's segments, each named by (recording key, ordinal), as far as they are there."""
-        named = sa.tuple_(SEGMENTS.c.recording, SEGMENTS.c.ordinal).in_(segments)
-        columns = [SEGMENTS.c[name] for name in ("recording", "ordinal", *Span._fields)]
+        columns = [SEGMENTS.c[name] for name in Span._fields]
+        return {named: Span(*row) for named, row in self._of_segments(segments, columns, model)}
+
+    def vectors(
+        self, segments: Sequence[tuple[int, int]], *, model: str
+    ) -> dict[tuple[int, int], NDArray[np.float32]]:
+        """A model's unit vectors of these segments, each named by (recording key, ordinal), bit for bit as
+        they were committed: those of ready recordings, as far as they are there and whole."""
+        ready = (RECORDINGS.c.key == SEGMENTS.c.recording) & (RECORDINGS.c.status == "ready")
+        found: dict[tuple[int, int], NDArray[np.float32]] = {}
+        for named, (stored,) in self._of_segments(segments, [SEGMENTS.c.vector], model, ready):
+            vector = np.frombuffer(stored[: len(stored) // 4 * 4], "<f4")
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # a flipped bit makes 1e38 of a number, or a NaN
+                if abs(float(np.linalg.norm(vector)) - 1) < _UNIT_WITHIN:
+                    found[named] = vector
+        return found
+
+    def _of_segments(
+        self,
+        segments: Sequence[tuple[int, int]],
+        columns: Sequence["sa.Column[Any]"],
+        model: str,
+        condition: sa.ColumnElement[bool] | None = None,
+    ) -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
+        """Those columns of a model's segments that are there, and whose recording meets the condition."""
+        wanted = set(segments)
         with self.database.reading() as db:
-            rows = db.execute(sa.select(*columns).where(named & (SEGMENTS.c.model == model)))
-            return {(row.recording, row.ordinal): Span(*row[2:]) for row in rows}
+            for some in _chunks(segments):
+                # SQLite has no index for pairs in a list, but one for the first of them
+                of = SEGMENTS.c.recording.in_({recording for recording, _ in some})
+                at = SEGMENTS.c.ordinal.in_({ordinal for _, ordinal in some})
+                query = sa.select(SEGMENTS.c.recording, SEGMENTS.c.ordinal, *columns)
+                query = query.where(of & (SEGMENTS.c.model == model) & at)
+                if condition is not None:
+                    query = query.where(condition)
+                for recording, ordinal, *values in db.execute(query):
+                    if (recording, ordinal) in wanted:
+                        yield (recording, ordinal), values
 
     def matching(self, wanted: Filter) -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
