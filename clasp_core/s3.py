@@ -59,6 +59,7 @@ _PARTS = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=8 << 2
 _COPY_BYTES = 1 << 20
 _FIRST_WINDOW, _LARGEST_WINDOW = 256 << 10, 64 << 20
 _READ_TRIES = 3
+_PAGE = 1000
 _LISTED_AT_ONCE = 16
 _REMOVED_AT_ONCE = 1000
 """What one request may name."""
@@ -210,7 +211,7 @@ class S3Store:
         with. What is listed is not all held at once."""
         client, last = self._client, ""
         with _asking("list"):
-            page = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix)
+            page = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=_PAGE)
         for item in page.get("Contents", ()):
             last = item["Key"]
             if (sha256 := self._sha256(last)) is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKET = "clasp-tests"
+SECRET = "not-to-be-shown"
 
 
 class ObjectStore:
@@ -28,7 +29,7 @@ class ObjectStore:
         # found by everything that is started from here; the server takes any
         os.environ |= {
             "AWS_ACCESS_KEY_ID": "tests",
-            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
@@ -61,6 +62,17 @@ class ObjectStore:
         start = _prefix(data_dir) + "/"
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=start)
         return {item["Key"].removeprefix(start) for page in pages for item in page.get("Contents", ())}
+
+    def clear(self, data_dir: Path) -> None:
+        """Remove them all."""
+        for key in self.keys(data_dir):
+            self.client.delete_object(Bucket=BUCKET, Key=f"{_prefix(data_dir)}/{key}")
+
+    def content(self, data_dir: Path, key: str) -> bytes:
+        content: bytes = self.client.get_object(Bucket=BUCKET, Key=f"{_prefix(data_dir)}/{key}")[
+            "Body"
+        ].read()
+        return content
 
 
 def _prefix(data_dir: Path) -> str:
