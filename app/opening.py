@@ -4,8 +4,9 @@ from pathlib import Path
 
 from app.settings import Settings
 from clasp_core.catalog import Catalog
-from clasp_core.library import Library, open_catalog
+from clasp_core.library import AUDIO_FOLDER, Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
+from clasp_core.store import INCOMING, AudioStore
 from clasp_core.vectors import store_for
 
 
@@ -32,13 +33,28 @@ def open_configured_library(
         new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
         reindex=reindex,
         min_free_bytes=settings.min_free_bytes,
+        store=open_configured_store(settings),
     )
     return model, library
 
 
 def open_configured_catalog(settings: Settings) -> Catalog:
     """The catalogue alone, for what needs no model. Raises DataMismatch."""
-    return open_catalog(settings.data_dir, settings.database_url)
+    return open_catalog(settings.data_dir, settings.database_url, open_configured_store(settings))
+
+
+def open_configured_store(settings: Settings) -> AudioStore | None:
+    """Where recordings' bytes are, if not in the data directory. Raises ExtraMissing and StoreUnavailable."""
+    if settings.bucket_and_prefix is None:
+        return None
+    from clasp_core.s3 import S3Store
+
+    return S3Store(
+        *settings.bucket_and_prefix,
+        settings.data_dir / AUDIO_FOLDER / INCOMING,
+        endpoint=settings.s3_endpoint,
+        min_free_bytes=settings.min_free_bytes,
+    )
 
 
 def _lasting_name(name: str) -> str:

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -51,6 +53,7 @@ from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
 from clasp_core.limits import Admission
+from clasp_core.store import Stored
 from clasp_core.tracing import span
 from clasp_core.types import Seconds
 
@@ -323,20 +326,35 @@ def get_content(
     etag = f'"{recording.sha256}"'
     if is_among(etag, if_none_match or []):
         return Response(status_code=304, headers={"ETag": etag})
-    path = service.library.store.path(recording.sha256)
     try:
-        stat = path.stat()
+        stored = service.library.store.find(recording.sha256)
     except FileNotFoundError:
         service.library.catalog.get(id, within=visible(grant, collection))  # it may be deleted by now
         raise DataDamaged(f"The bytes of recording {id!r} are missing. Upload it again.") from None
-    if stat.st_size != recording.size_bytes:
+    if stored.size_bytes != recording.size_bytes:
         raise DataDamaged(f"The bytes of recording {id!r} are damaged. Upload it again.")
     media_type = recording.media_type or "application/octet-stream"
-    return _Content(path, media_type=media_type, headers={"ETag": etag}, stat_result=stat)
+    return _Content(stored, media_type, etag)
 
 
 class _Content(FileResponse):
-    """A file in byte ranges. One that cannot be read is no range (RFC 9110, 14.2); errors are in our form."""
+    """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form."""
+
+    def __init__(self, stored: Stored, media_type: str, etag: str) -> None:
+        stat = os.stat_result(
+            (0,) * 6 + (stored.size_bytes, 0, stored.modified_at, 0)
+        )  # of which two are asked
+        super().__init__("", media_type=media_type, headers={"ETag": etag}, stat_result=stat)
+        self._stored = stored
+
+    @contextlib.asynccontextmanager
+    async def _open_file(self) -> AsyncIterator[anyio.AsyncFile[bytes]]:
+        file = anyio.wrap_file(await run_in_threadpool(self._stored.open))
+        try:
+            yield file
+        finally:
+            with anyio.CancelScope(shield=True):  # also where the client has gone
+                await file.aclose()
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:

@@ -72,6 +72,7 @@ class Service:
                 "disk": lambda: why_too_full(
                     settings.data_dir, settings.min_free_bytes + settings.max_upload_bytes
                 ),
+                **({"audio_store": lambda: self.library.store.trouble()} if settings.audio_store else {}),
             },
             stopping=frozenset({"index"}),
         )
@@ -170,6 +171,7 @@ class Service:
                     library.catalog.keep(library.model)
                 library.catalog.forget_retired()
                 library.catalog.forget_done()
+                library.sweep_again()
                 library.save_index()
             except Exception as error:
                 _log.warning("no snapshot of the index; it will be rebuilt at need", error=str(error))

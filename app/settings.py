@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+_AUDIO_STORE = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((/[A-Za-z0-9._-]+)*)/?")
+_ENDPOINT = re.compile(r"https?://[^/@?#\s]+/?")
 _URL_HOST = re.compile(r"(\*|(\*\.)?([a-z0-9-]+\.)*[a-z][a-z0-9-]*)(:[0-9]{1,5})?")
 
 
@@ -34,6 +36,11 @@ class Settings(BaseSettings):
     """Everything the service stores."""
     database_url: str | None = None
     """The catalogue; by default a SQLite file in the data directory."""
+    audio_store: str | None = None
+    """`s3://BUCKET` or `s3://BUCKET/PREFIX`, of this library alone; by default the recordings are in the data
+    directory. Credentials are AWS's own variables and files."""
+    s3_endpoint: str | None = None
+    """Address of an S3-compatible store, as `https://host:port`; by default AWS's own variables say."""
     vector_store: Literal["faiss", "torch"] = "faiss"
     """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
     vector_store_half: bool = False
@@ -92,6 +99,25 @@ class Settings(BaseSettings):
             if not _URL_HOST.fullmatch(host.lower()):
                 raise ValueError(f"{host!r} is no host name, such as example.org, *.example.org or *")
         return tuple(host.lower() for host in hosts)
+
+    @field_validator("audio_store", "s3_endpoint")
+    @classmethod
+    def _addressed(cls, given: str | None, info: ValidationInfo) -> str | None:
+        if given is not None:
+            form, example = (
+                (_AUDIO_STORE, "s3://bucket/prefix")
+                if info.field_name == "audio_store"
+                else (_ENDPOINT, "https://host:9000")
+            )
+            if not form.fullmatch(given):  # not repeated: there may be credentials in it
+                raise ValueError(f"it is not of the form {example}")
+        return given
+
+    @property
+    def bucket_and_prefix(self) -> tuple[str, str] | None:
+        """Of the audio store in S3; None where the data directory holds the recordings."""
+        found = _AUDIO_STORE.fullmatch(self.audio_store or "")
+        return None if found is None else (found[1], found[2].strip("/"))
 
     @classmethod
     def described(cls) -> str:

@@ -34,7 +34,7 @@ from clasp_core.encoders.weights import sha256_of
 from clasp_core.errors import BackupFailed, InvalidBackup
 from clasp_core.faults import fault
 from clasp_core.library import AUDIO_FOLDER, CATALOG_FILE
-from clasp_core.store import AudioStore, Upload, stored_as
+from clasp_core.store import AudioStore, FolderStore, Upload, stored_as
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -106,9 +106,11 @@ def backup(
     destination: Path,
     *,
     database_url: str | None = None,
+    store: AudioStore | None = None,
     observe: Observer = lambda done, total: None,
 ) -> Outcome:
-    """Copy a library, which others may be using, to a new folder or over an earlier backup of it.
+    """Copy a library, which others may be using, to a new folder or over an earlier backup of it. Its bytes
+    are in the data directory, or in a `store`.
 
     Holds every recording that was acknowledged when it began and is not deleted while it is made, with
     its bytes and vectors. Raises BackupFailed, also for a catalogue that is not in SQLite, where bytes
@@ -122,7 +124,7 @@ def backup(
     with _explained(f"The backup to {destination} was not made"):
         _claim(destination)
         with _alone(destination / LOCK), _workplace(destination / UNFINISHED) as work:
-            return _backup(source, AudioStore(data_dir / AUDIO_FOLDER), destination, work, observe)
+            return _backup(source, store or FolderStore(data_dir / AUDIO_FOLDER), destination, work, observe)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -173,13 +175,16 @@ def restore(
     data_dir: Path,
     *,
     database_url: str | None = None,
+    store: AudioStore | None = None,
     observe: Observer = lambda done, total: None,
 ) -> Manifest:
-    """Make a library of a backup, in a data directory that is empty or missing.
+    """Make a library of a backup, in a data directory that is empty or missing, with its bytes there or in a
+    `store`, which is empty, too.
 
     Every byte is verified, written aside, and on disk before the library appears. Raises InvalidBackup
-    naming the file that is missing or damaged, and BackupFailed where the directory is not empty or cannot
-    be written; there is no library then. What a killed restore leaves, the next one clears away.
+    naming the file that is missing or damaged, and BackupFailed where the directory or the store is not
+    empty or the directory cannot be written; there is no library then. What a killed restore leaves, the
+    next one clears away, or, in a store, uses.
     """
     catalog = _catalog_path(data_dir, database_url, "Use pg_restore for it, and then copy the folder audio.")
     if catalog.resolve() != (data_dir / CATALOG_FILE).resolve():
@@ -187,12 +192,14 @@ def restore(
     _require_apart(data_dir, folder)
     with _explained(f"{folder} was not restored to {data_dir}"), _reading(folder / LOCK):
         manifest = read_manifest(folder)
-        with _new_library(data_dir) as work:
-            store = AudioStore(work / AUDIO_FOLDER)
+        with _new_library(data_dir, store) as work:
+            local = FolderStore(work / AUDIO_FOLDER)
+            target = store or local
             for done, file in enumerate(manifest.files, 1):
-                with store.receive() as copy:
+                with local.receive() as copy:
                     try:
-                        _copy(folder / file.path, copy)
+                        with (folder / file.path).open("rb") as opened:
+                            _copy(opened, copy)
                     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
                         raise InvalidBackup(f"Of {folder}, {file.path} is missing.") from error
                     if (copy.sha256, copy.size_bytes) != (file.sha256, file.bytes):
@@ -200,7 +207,8 @@ def restore(
                     if file is manifest.catalog:
                         place(copy.path, work / CATALOG_FILE)
                     else:
-                        store.place(copy)
+                        target.prepare(copy)
+                        target.place(copy)
                 fault("restore.copied")
                 observe(done, len(manifest.files))
     return manifest
@@ -213,7 +221,7 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
     """The catalogue first, then the bytes it names: what is added meanwhile is not in the copy, and bytes
     that are gone meanwhile are those of recordings deleted meanwhile, which are then taken out of it."""
     created_at = datetime.now(UTC)
-    kept = AudioStore(destination / AUDIO_FOLDER)
+    kept = FolderStore(destination / AUDIO_FOLDER)
     kept.discard_abandoned(older_than_s=0)
     audio: list[File] = []
     dropped: list[str] = []
@@ -273,12 +281,12 @@ def _contents(catalog: Catalog) -> dict[str, list[Recording]]:
     return contents
 
 
-def _keep(store: AudioStore, kept: AudioStore, file: File, recording_id: str, live: Catalog) -> bool:
+def _keep(store: AudioStore, kept: FolderStore, file: File, recording_id: str, live: Catalog) -> bool:
     """Copy a recording's bytes into the backup; False where it was deleted meanwhile.
 
     Raises BackupFailed where the library itself lacks them, or has others.
     """
-    damaged = f"{store.path(file.sha256)}, the bytes of recording {recording_id!r}"
+    damaged = f"{store.where(file.sha256)}, the bytes of recording {recording_id!r}"
     way_out = "Put that file back from an earlier backup, or delete the recording."
     while True:
         with kept.receive() as copy:
@@ -286,7 +294,8 @@ def _keep(store: AudioStore, kept: AudioStore, file: File, recording_id: str, li
             # before and after we looked in vain, they are lost
             expected = live.has_content(file.sha256)
             try:
-                _copy(store.path(file.sha256), copy)
+                with store.open(file.sha256) as stored:
+                    _copy(stored, copy)
             except FileNotFoundError as error:
                 if not live.has_content(file.sha256):
                     return False
@@ -307,7 +316,7 @@ def _place_catalog(made: Path, destination: Path) -> File:
     return File(name, sha256, size)
 
 
-def _sweep(destination: Path, kept: AudioStore, manifest: Manifest) -> int:
+def _sweep(destination: Path, kept: FolderStore, manifest: Manifest) -> int:
     """Remove what the manifest does not name; returns how many recordings' files that were."""
     for path in destination.glob(_catalog_name("*")):
         if path.name != manifest.catalog.path:
@@ -331,8 +340,9 @@ def _claim(destination: Path) -> None:
 
 
 @contextmanager
-def _new_library(data_dir: Path) -> Iterator[Path]:
+def _new_library(data_dir: Path, store: AudioStore | None) -> Iterator[Path]:
     """A folder in which to make what an empty data directory is to hold; if all goes well, it then does.
+    Where the recordings go into a `store`, that is the catalogue only.
 
     The catalogue comes last: bytes without one are nobody's.
     """
@@ -344,12 +354,15 @@ def _new_library(data_dir: Path) -> Iterator[Path]:
             _require_empty(data_dir, {RESTORING, AUDIO_FOLDER} if cut_short else set())
             if cut_short and (data_dir / AUDIO_FOLDER).exists():
                 shutil.rmtree(data_dir / AUDIO_FOLDER)
+            if store is not None and not cut_short and any(store.stored()):
+                raise BackupFailed("The audio store holds recordings. Give one, or a prefix, that is empty.")
             with _workplace(data_dir / RESTORING) as work:
                 yield work
                 _require_empty(data_dir, {RESTORING})  # a service may have been started here
                 sync_folder(work / AUDIO_FOLDER)
                 fault("restore.verified")
-                (work / AUDIO_FOLDER).rename(data_dir / AUDIO_FOLDER)
+                if store is None:
+                    (work / AUDIO_FOLDER).rename(data_dir / AUDIO_FOLDER)
                 fault("restore.moved")
                 os.link(work / CATALOG_FILE, data_dir / CATALOG_FILE)  # unlike a rename, never over another
                 fault("restore.linked")
@@ -373,10 +386,9 @@ def _require_empty(data_dir: Path, allowed: set[str]) -> None:
 # --- both
 
 
-def _copy(source: Path, copy: Upload) -> None:
-    with source.open("rb") as file:
-        while data := _read(file):
-            copy.write(data)
+def _copy(file: BinaryIO, copy: Upload) -> None:
+    while data := _read(file):
+        copy.write(data)
     copy.seal()
 
 

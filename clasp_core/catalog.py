@@ -386,13 +386,13 @@ class Catalog:
             query = sa.select(sa.func.count()).select_from(RECORDINGS).where(self._meant(wanted, status))
             return int(db.execute(query).scalar_one())
 
-    def sweep(self, sha256s: Sequence[str], remove: Callable[[str], None]) -> None:
-        """Call `remove` for each content that no recording has, while nobody can register it."""
+    def sweep(self, sha256s: Sequence[str], remove: Callable[..., None]) -> None:
+        """Call `remove` with the contents that no recording has, while nobody can register them."""
         for some in _chunks(sha256s):
             with self.database.writing() as db:
                 used = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(some))
-                for sha256 in set(some) - set(db.execute(used).scalars()):
-                    remove(sha256)
+                if unused := set(some) - set(db.execute(used).scalars()):
+                    remove(*unused)
 
     def has_content(self, sha256: str) -> bool:
         """Whether some recording has these bytes."""

@@ -17,10 +17,14 @@ POINTS = {
     "store.sealed": "all bytes are on disk, under no name that counts",
     "store.renamed": "the bytes have their name, which may not be on disk yet",
     "store.placed": "the name is on disk, and no row names it",
+    "s3.sending": "some parts of a large upload are in the S3 store",
+    "s3.sent": "all bytes have their final key there, and no lock is held",
+    "s3.placed": "they were found there under the lock, and no row names them",
     "catalog.registered": "the row is written, and not committed",
     "library.registered": "committed, and nobody was told",
     # --- processing
     "ingest.leased": "a worker has recordings, and has done nothing for them",
+    "s3.fetching": "some bytes of a recording are copied from the S3 store",
     "ingest.decoded": "the first segments are there",
     "ingest.embedded": "they have vectors",
     "ingest.committing": "all of a recording is embedded, and nothing of it written",
@@ -37,6 +41,7 @@ POINTS = {
     "catalog.deleted": "the rows are gone, not committed",
     "library.forgotten": "committed, and the bytes are still there",
     "store.removed": "the bytes are gone",
+    "s3.removed": "the same, in the S3 store",
     "library.deleted": "all is done, and nobody was told",
     # --- another model
     "reindex.enqueued": "the jobs are written, and not committed",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
@@ -25,11 +26,13 @@ from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import (
     ClaspError,
+    DataDamaged,
     DiskFull,
     InvalidAudio,
     NotReady,
     ProcessingFailed,
     SilentAudio,
+    StoreUnavailable,
 )
 from clasp_core.faults import fault
 from clasp_core.library import Library
@@ -47,6 +50,8 @@ AFTER_FAILURE_S: Seconds = 0.5
 WITHOUT_ROOM_S: Seconds = 0.5
 """Pause before what a full disk did not take is written again; ten times as long before more is leased, so
 that whoever has done the work writes it first."""
+WITHOUT_STORE_S: Seconds = 2.0
+"""Pause before more is leased where recordings' bytes could not be had."""
 TOGETHER = 8
 """Recordings leased, and segments embedded, at once."""
 
@@ -151,6 +156,11 @@ class Ingester:
                 self._process([_Job(recording) for recording in leased])
             except DiskFull:
                 return 0  # stopped before there was room; the leases run out
+            except StoreUnavailable as error:
+                _log.warning("recordings wait for the audio store", extra={"reason": error.detail})
+                self._written(lambda: self._queue.release(self.owner))
+                self._stopping.wait(WITHOUT_STORE_S)
+                return 0
             except NotReady:
                 # the machine's trouble, not the recordings': they wait, and no attempt is counted
                 _log.exception("processing is not possible now")
@@ -225,23 +235,20 @@ class Ingester:
         def segmented(seconds: Seconds) -> None:
             timings.segment += seconds
 
-        def blocks(sampling_rate: int) -> Iterator[Waveform]:
-            with self._library.store.open(job.recording.sha256) as file:
-                made = sandbox.decode(file, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate)
-                for block in _timed(made, decoded):
-                    if sampling_rate == SAMPLING_RATE:
-                        job.samples += len(block)
-                    yield block
+        def blocks(path: Path, sampling_rate: int) -> Iterator[Waveform]:
+            made = sandbox.decode(path, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate)
+            for block in _timed(made, decoded):
+                if sampling_rate == SAMPLING_RATE:
+                    job.samples += len(block)
+                yield block
 
         try:
-            if not self._library.store.is_intact(job.recording.sha256):
-                job.error = ProcessingFailed(
-                    "The stored bytes of this recording are damaged; upload it again."
-                )
-                return
-            segments = _segments(self._encoder.picture_rate, blocks, self._segmenting)
-            for segment in _timed(segments, segmented):
-                yield job, segment
+            with self._library.store.verified(job.recording.sha256) as path:
+                segments = _segments(self._encoder.picture_rate, partial(blocks, path), self._segmenting)
+                for segment in _timed(segments, segmented):
+                    yield job, segment
+        except DataDamaged as error:
+            job.error = ProcessingFailed(error.detail)
         except InvalidAudio as error:
             job.error = error
         except FileNotFoundError:

@@ -12,8 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,13 +23,13 @@ from uuid import uuid4
 import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
-from clasp_core.errors import DataDamaged, DataMismatch, DiskFull, InvalidField
+from clasp_core.errors import DataDamaged, DataMismatch, InvalidField, StoreUnavailable
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.limits import FREELY, Admission
-from clasp_core.store import AudioStore, Upload
+from clasp_core.store import AudioStore, Displaced, FolderStore, Upload
 from clasp_core.types import Embeddings, Seconds, SegmentHit
 from clasp_core.vectors import FaissStore, StoreMaker
 
@@ -38,6 +40,8 @@ AUDIO_FOLDER = "audio"
 CHANGES_AT_ONCE = 500
 DELETED_AT_ONCE = 200
 """Few enough for others, who wait to write meanwhile, not to notice."""
+SWEPT_AT_ONCE = 10_000
+PREPARED_AT_MOST = 5
 MAX_HITS = 1000
 
 
@@ -79,17 +83,21 @@ class Library:
         new_store: StoreMaker = FaissStore,
         reindex: bool = False,
         min_free_bytes: int = 0,
+        store: AudioStore | None = None,
     ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
         `new_store` is where the index keeps them; `min_free_bytes` are left on the disk by what arrives.
+        `store` is where the recordings' bytes are, by default a folder of the data directory.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
         it: see `clasp_core.reindex`. DataMismatch also where a newer version of this program wrote it.
         """
-        self.catalog = open_catalog(data_dir, database_url)
+        self.catalog = open_catalog(data_dir, database_url, store)
         self.model = model
-        self.store = AudioStore(data_dir / AUDIO_FOLDER, min_free_bytes)
+        self.store: AudioStore = store or FolderStore(data_dir / AUDIO_FOLDER, min_free_bytes)
+        self._unswept: set[str] = set()
+        self._untidied = False
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
@@ -131,8 +139,8 @@ class Library:
         `within` are the collections that the caller may see, the recording's among them; None means all.
         `once` names the request: sent again it does nothing, and gives what it gave (`catalog.register`).
         `admission` says on what terms a new one is taken. Raises IdConflict (where one that can be seen has
-        the id), InvalidField, InvalidLanguage, IdempotencyMismatch, QuotaExceeded, QueueFull or DiskFull;
-        nothing is kept then.
+        the id), InvalidField, InvalidLanguage, IdempotencyMismatch, QuotaExceeded, QueueFull, DiskFull or
+        StoreUnavailable; nothing is kept then.
         """
         new = NewRecording(
             id=check_name("id", recording_id) if recording_id is not None else str(uuid4()),
@@ -143,17 +151,31 @@ class Library:
             lang=canonical_tag(lang),
             metadata=_plain_json(metadata or {}),
         )
+        registered: tuple[Recording, bool] | None = None
+        placed = False
+
+        def place() -> None:
+            nonlocal placed
+            self.store.place(upload)
+            placed = True
+
         try:
-            registered = self.catalog.register(
-                new,
-                lambda: self.store.place(upload),
-                within=within,
-                once=None if once is None else Once(once, _digest(new, recording_id)),
-                admission=admission,
-            )
-        except DiskFull:  # perhaps of the row, when the bytes were in their place
-            self.catalog.sweep([upload.sha256], self.store.remove)
-            raise
+            for _ in range(PREPARED_AT_MOST):
+                self.store.prepare(upload)
+                with suppress(Displaced):  # the same bytes, as somebody else's, were swept between
+                    registered = self.catalog.register(
+                        new,
+                        place,
+                        within=within,
+                        once=None if once is None else Once(once, _digest(new, recording_id)),
+                        admission=admission,
+                    )
+                    break
+        finally:
+            if upload.named and not (registered and placed):  # no room for the row, say, or no need of it
+                self._sweep([upload.sha256])
+        if registered is None:
+            raise StoreUnavailable("The same recording is deleted again and again; send it later.")
         fault("library.registered")
         return registered
 
@@ -186,7 +208,10 @@ class Library:
         check: Callable[[Recording], None] | None = None,
     ) -> None:
         """Forget a recording: when this returns it is no hit here, and its bytes are gone unless another
-        collection has the same. `check` may raise to keep it. Raises as `catalog.get` does."""
+        collection has the same. `check` may raise to keep it. Raises as `catalog.get` does.
+
+        Where the store cannot be reached, the bytes go when it can: by `sweep_again`, or the next `tidy`.
+        """
         deleted = self.catalog.delete(recording_id, within=within, check=check)
         self._forget([deleted.sha256])
 
@@ -209,10 +234,26 @@ class Library:
 
     def _forget(self, sha256s: Sequence[str]) -> None:
         fault("library.forgotten")
-        self.catalog.sweep(sha256s, self.store.remove)
+        self._sweep(sha256s)
         if self._index is not None:
             self.refresh()
         fault("library.deleted")
+
+    def _sweep(self, sha256s: Sequence[str]) -> None:
+        """Remove the bytes that no recording has; where the store is not to be had, they are remembered."""
+        try:
+            self.catalog.sweep(sha256s, self.store.remove)
+        except StoreUnavailable:
+            _log.warning("bytes of no recording stay until the audio store can be reached")
+            self._unswept.update(sha256s)
+
+    def sweep_again(self) -> None:
+        """Do what was left undone because the store could not be reached, if there is any."""
+        if self._untidied:
+            self._tidy_store()
+        elif self._unswept:
+            left, self._unswept = self._unswept, set()
+            self._sweep(list(left))
 
     def page(
         self,
@@ -239,9 +280,19 @@ class Library:
         self.catalog.database.check()
         self.catalog.forget_retired()
         self.catalog.forget_done()
-        self.store.discard_abandoned()
-        fault("library.tidied")
-        self.catalog.sweep(list(self.store.stored()), self.store.remove)
+        self._tidy_store()
+
+    def _tidy_store(self) -> None:
+        try:
+            self.store.discard_abandoned()
+            fault("library.tidied")
+            stored = self.store.stored()
+            while some := list(islice(stored, SWEPT_AT_ONCE)):
+                self.catalog.sweep(some, self.store.remove)
+            self._untidied = False
+        except StoreUnavailable:
+            _log.warning("the audio store is tidied when it can be reached")
+            self._untidied = True
 
     # --- search
 
@@ -359,17 +410,29 @@ class Library:
             self._saved = point
 
 
-def open_catalog(data_dir: Path, database_url: str | None = None) -> Catalog:
-    """The catalogue of the library in a data directory, which is created. Raises as Catalog does, and
-    DataDamaged where there are recordings without a catalogue: a new one would have them swept away."""
+def open_catalog(data_dir: Path, database_url: str | None = None, store: AudioStore | None = None) -> Catalog:
+    """The catalogue of the library in a data directory, which is created, with its bytes in a folder there or
+    in a `store`. Raises as Catalog does, and DataDamaged where there are recordings without a catalogue: a
+    new one would have them swept away. StoreUnavailable where a store cannot be asked that has to be."""
     data_dir.mkdir(parents=True, exist_ok=True)
     url = sa.make_url(database_url or f"sqlite:///{data_dir / CATALOG_FILE}")
-    orphaned = (data_dir / AUDIO_FOLDER).is_dir() and any(AudioStore(data_dir / AUDIO_FOLDER).stored())
+    if url.get_backend_name() != "sqlite" or _has_bytes(Path(url.database or "")):
+        with suppress(DataDamaged):  # it may have no tables yet; what else it has is found once more
+            return Catalog(url, create=False)
+    folder = data_dir / AUDIO_FOLDER
+    if store is None and folder.is_dir():
+        store = FolderStore(folder)
+    orphaned = store is not None and any(store.stored())
     if orphaned and url.get_backend_name() == "sqlite" and not _has_bytes(Path(url.database or "")):
         raise DataDamaged(
             f"{data_dir} holds recordings, but its catalogue {url.database} is missing or empty. Restore"
             " the library from a backup (clasp restore) to another CLASP_DATA_DIR, or run a restore again"
-            f" that was cut short here. To begin anew, remove {data_dir / AUDIO_FOLDER}."
+            f" that was cut short here. To begin anew, remove {folder}."
+            if isinstance(store, FolderStore)
+            else f"The audio store holds recordings, but their catalogue {url.database} is missing or empty."
+            " Restore the library from a backup (clasp restore) to another CLASP_AUDIO_STORE, or run a"
+            " restore again that was cut short here; or set the CLASP_DATABASE_URL or CLASP_DATA_DIR that"
+            " they belong to."
         )
     return Catalog(url, create=not orphaned)
 

@@ -184,6 +184,6 @@ def forking(folder: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for module in ("app.indexing", "app.main", "clasp_core.backup", "tests.stand_in"):
+    for module in ("app.indexing", "app.main", "clasp_core.backup", "clasp_core.s3", "tests.stand_in"):
         importlib.import_module(module)
     _serve(sys.argv[1])

@@ -6,7 +6,8 @@ First every point of `clasp_core.faults.POINTS`, wherever it is passed: in the s
 of the command line; then random moments under load, until there were as many kills as asked for. What died is
 started again, now and then to be killed while it starts, and all that clients were told must hold: see
 `KillTest.check`. One line for each kill goes to the log, the summary to standard output, as JSON. The exit
-status is 1 where anything was violated.
+status is 1 where anything was violated. With `--audio-store s3` the recordings are in a server of S3's
+protocol, which survives, and the points are those that are passed then.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,7 +36,8 @@ import httpx
 from clasp_core.faults import POINTS
 from tests.audio_files import encode, speech
 from tests.forking import Forked, forking
-from tests.service import RunningService, environment, eventually
+from tests.object_store import object_store
+from tests.service import RunningService, engines, environment, eventually
 from tests.stand_in import OTHER
 
 PROGRAM = "tests.stand_in"
@@ -66,6 +68,16 @@ WHERE = {
 }
 """In which process, and doing what, each point is passed."""
 EVERYWHERE = [(where, point) for where, points in WHERE.items() for point in points]
+OF_FOLDERS = {"store.renamed": "s3.sent", "store.placed": "s3.placed", "store.removed": "s3.removed"}
+"""Points of a folder, and what a store in S3 passes instead."""
+EVERYWHERE_IN_S3 = [
+    ("upload", "s3.sending"),
+    ("worker", "s3.fetching"),
+    ("restore", "s3.sent"),
+    *((where, point if where == "backup" else OF_FOLDERS.get(point, point)) for where, point in EVERYWHERE),
+]
+LARGE = 17 << 20
+"""What is sent to such a store in parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,7 @@ class KillTest:
         self.service = ForkedService(folder, program=PROGRAM)
         self._data = folder / "index_data"
         self._backup = folder / "backup"
+        self._in_s3 = "audio_store" in self.service.settings
 
     def __enter__(self) -> "KillTest":
         self._start()
@@ -182,7 +195,8 @@ class KillTest:
         return sum(self.kills.values())
 
     def summary(self) -> dict[str, Any]:
-        points = {f"{where} {point}" for where, point in EVERYWHERE}
+        everywhere = EVERYWHERE_IN_S3 if self._in_s3 else EVERYWHERE
+        points = {f"{where} {point}" for where, point in everywhere}
         return {
             "kills": self.count,
             "points_passed": len(points & self.kills.keys()),
@@ -237,7 +251,7 @@ class KillTest:
         self._say(kill=self.count, what=what)
         if self._process.poll() is not None:
             self._start()
-        elif "ingest" in what or "catalog.completed" in what:
+        elif any(name in what for name in ("ingest", "catalog.completed", "s3.fetching")):
             self._stop_and_start()
 
     def _look(self) -> None:
@@ -254,8 +268,11 @@ class KillTest:
 
     def _at_upload(self, point: str) -> None:
         self._start_with(point)
+        new = self._new()
+        if point == "s3.sending":  # behind its end, a WAV file may hold anything
+            new = replace(new, content=new.content + self.chance.randbytes(LARGE))
         with contextlib.suppress(httpx.TransportError):
-            self.ledger.upload(self.service.client, self._new())
+            self.ledger.upload(self.service.client, new)
         self._expect_death()
 
     def _at_worker(self, point: str) -> None:
@@ -358,19 +375,26 @@ class KillTest:
         self._back_up()
         there = self._folder / "restored"
         shutil.rmtree(there, ignore_errors=True)
-        died = self._clasp("restore", self._backup, "--data-dir", there, fault=point)
+        if self._in_s3:
+            object_store().clear(there)
+        stores = engines(there)
+        died = self._clasp("restore", self._backup, "--data-dir", there, fault=point, **stores)
         assert died.returncode == KILLED, died
         if not (there / "catalog.sqlite3").exists():
-            if (there / "audio").exists():  # a service that is started now must not take it for a new library
-                refused = self._clasp("serve", "--port", 0, data_dir=there)
-                assert (refused.returncode, "run a restore again" in refused.stderr) == (1, True), refused
-            again = self._clasp("restore", self._backup, "--data-dir", there)
+            placed = object_store().keys(there) if self._in_s3 else (there / "audio").exists()
+            if placed:  # a service that is started now must not take it for a new library
+                refused = self._clasp("serve", "--port", 0, data_dir=there, **stores)
+                assert (refused.returncode, "restore again" in refused.stderr) == (1, True), refused
+            again = self._clasp("restore", self._backup, "--data-dir", there, **stores)
             assert again.returncode == 0, again
         with contextlib.closing(sqlite3.connect(there / "catalog.sqlite3")) as db:
             restored = dict(db.execute("SELECT id, sha256 FROM recordings"))
         assert restored == {sent.id: sent.sha256 for sent in self.ledger.kept.values()}
         for sha256 in restored.values():
-            content = (there / "audio" / sha256[:2] / sha256[2:]).read_bytes()
+            name = f"{sha256[:2]}/{sha256[2:]}"
+            content = (
+                object_store().content(there, name) if self._in_s3 else (there / "audio" / name).read_bytes()
+            )
             assert hashlib.sha256(content).hexdigest() == sha256
 
     # --- verbs
@@ -378,7 +402,7 @@ class KillTest:
     def _clasp(self, *arguments: object, **settings: object) -> "subprocess.CompletedProcess[str]":
         """Run a verb to its end."""
         command = [sys.executable, "-m", PROGRAM, *map(str, arguments)]
-        env = environment(**({"model": self._model(), "threads": 1} | settings))
+        env = environment(**({"model": self._model(), "threads": 1} | engines(self._data) | settings))
         with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
             process = Forked(command, env=env, cwd=self._folder, stdout=printed, stderr=complaints)
             code = process.wait(120)
@@ -412,7 +436,7 @@ class KillTest:
             "index": [self._folder / "files"],
         }
         command = [sys.executable, "-m", PROGRAM, verb, *map(str, arguments[verb])]
-        env = environment(model=self._model(), threads=1)
+        env = environment(model=self._model(), threads=1, **engines(self._data))
         with Path(os.devnull).open("wb") as nothing:
             process = Forked(command, env=env, cwd=self._folder, stdout=nothing, stderr=nothing)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -615,8 +639,11 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("kills.jsonl"))
     parser.add_argument("--folder", type=Path, help="keep the data directory here; by default it is removed")
     parser.add_argument("--at", help="only this point, such as library.registered, wherever it is passed")
+    parser.add_argument("--audio-store", choices=["folder", "s3"], default="folder")
     arguments = parser.parse_args()
-    points = [pair for pair in EVERYWHERE if arguments.at in (None, pair[1])]
+    os.environ["CLASP_TEST_AUDIO_STORE"] = arguments.audio_store
+    everywhere = EVERYWHERE if arguments.audio_store == "folder" else EVERYWHERE_IN_S3
+    points = [pair for pair in everywhere if arguments.at in (None, pair[1])]
     kept: Callable[[], contextlib.AbstractContextManager[str]] = tempfile.TemporaryDirectory
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from tests.object_store import object_store
+
 T = TypeVar("T")
 START_WITHIN_S = 120
 ROOT = Path(__file__).parent.parent
@@ -29,13 +31,22 @@ def environment(**settings: object) -> dict[str, str]:
     return kept | {f"CLASP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
+def engines(data_dir: Path) -> dict[str, object]:
+    """Settings of the engines that a library gets where `CLASP_TEST_*` name others than the usual ones."""
+    if os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3":
+        return object_store().settings(data_dir)
+    return {}
+
+
 def clasp(
     *arguments: object, cwd: Path, within_s: float = 120, program: str = "app.cli", **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
+    data_dir = Path(str(settings.get("data_dir", cwd / "index_data")))
     return subprocess.run(
         [sys.executable, "-m", program, *map(str, arguments)],
-        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        env=environment(**({"threads": 1} | engines(data_dir) | settings))
+        | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -60,7 +71,8 @@ class RunningService:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
+        usual = {"data_dir": data_dir / "index_data", "threads": 1} | engines(data_dir / "index_data")
+        self.settings = usual | settings
         self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
@@ -195,9 +207,10 @@ class RunningService:
         return answer
 
     def stored(self) -> set[str]:
-        """Files of recordings in the data directory, those still arriving among them."""
+        """Files of recordings in the data directory or the store, those still arriving among them."""
         root = self.data_dir / "index_data" / "audio"
-        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        objects = object_store().keys(root.parent) if "audio_store" in self.settings else set()
+        return objects | {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's series with these labels, 0 where there is none."""

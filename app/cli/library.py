@@ -201,6 +201,7 @@ def backup(
     destination: Annotated[Path, typer.Argument(help="A folder of its own; better on another disk.")],
     as_json: AsJson = False,
 ) -> None:
+    from app.opening import open_configured_store
     from clasp_core.backup import backup as make_backup
 
     settings = Settings()
@@ -209,6 +210,7 @@ def backup(
             settings.data_dir,
             destination,
             database_url=settings.database_url,
+            store=open_configured_store(settings),
             observe=lambda done, total: advance("copying", done, total, ""),
         )
     if as_json:
@@ -239,6 +241,7 @@ def restore(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
+    from app.opening import open_configured_store
     from clasp_core import backup
 
     settings = Settings()
@@ -251,7 +254,13 @@ def restore(
         if verify_only:
             manifest = backup.verify(folder, observe=observe)
         else:
-            manifest = backup.restore(folder, target, database_url=settings.database_url, observe=observe)
+            manifest = backup.restore(
+                folder,
+                target,
+                database_url=settings.database_url,
+                store=open_configured_store(settings),
+                observe=observe,
+            )
     if as_json:
         print_json(_described(manifest) | {"data_dir": None if verify_only else str(target)})
         return

@@ -9,7 +9,7 @@ import pytest
 
 from clasp_core import faults
 from clasp_core.faults import POINTS
-from tests.kill_test import EVERYWHERE, run
+from tests.kill_test import EVERYWHERE, EVERYWHERE_IN_S3, run
 from tests.service import ROOT
 
 SAMPLE = [
@@ -34,6 +34,33 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed_when(tmp_path: Path) -> 
     assert summary["points_passed"] == len(SAMPLE)
 
 
+@pytest.mark.timeout(600)
+def test_nothing_acknowledged_is_lost_between_a_catalogue_and_a_store_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two systems that know nothing of each other must agree whoever dies between them: bytes that were sent
+    and of which there is no row, and rows whose bytes are to go."""
+    monkeypatch.setenv("CLASP_TEST_AUDIO_STORE", "s3")
+    points = [("upload", "s3.sent"), ("delete", "s3.removed")]
+    log = io.StringIO()
+    summary = run(tmp_path, kills=len(points), seed=5, log=log, points=points)
+    assert summary["violations"] == [], log.getvalue()
+    assert summary["points_passed"] == len(points)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_nothing_acknowledged_is_lost_at_any_point_with_a_store_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same at every point that is passed then, large uploads and restores among them."""
+    monkeypatch.setenv("CLASP_TEST_AUDIO_STORE", "s3")
+    log, points = io.StringIO(), EVERYWHERE_IN_S3
+    summary = run(tmp_path, kills=100, seed=random.SystemRandom().randrange(1000), log=log, points=points)
+    assert summary["violations"] == [], log.getvalue()
+    assert summary["points_passed"] == len(points)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_nothing_acknowledged_is_lost_in_three_hundred_kills(tmp_path: Path) -> None:
@@ -52,7 +79,7 @@ def test_every_point_is_killed_at() -> None:
         for point in re.findall(r'\bfault\("([^"]+)"\)', path.read_text())
     ]
     assert sorted(passed) == sorted(POINTS)
-    assert {point for _, point in EVERYWHERE} == POINTS.keys()
+    assert {point for _, point in EVERYWHERE + EVERYWHERE_IN_S3} == POINTS.keys()
 
 
 def test_nothing_is_armed_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,7 +355,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
     """Ctrl-C is status 1 and one line, and what was done stays done. A worker on a machine of its own, which
     nobody would start anew, has the new model after the switch."""
     from clasp_core.catalog import Catalog, NewRecording
-    from clasp_core.store import AudioStore
+    from clasp_core.store import FolderStore
 
     folder = tmp_path / "many"
     folder.mkdir()
@@ -382,7 +382,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
             assert shown.returncode == 0, shown.stderr
             assert shown.stdout.startswith(f"{12 - done} embedded, 0 failed\nswitched: ")
             catalog = Catalog(f"sqlite:///{tmp_path / 'index_data' / 'catalog.sqlite3'}")
-            store = AudioStore(tmp_path / "index_data" / "audio")
+            store = FolderStore(tmp_path / "index_data" / "audio")
             with store.receive() as upload:
                 upload.write(recording(100))
                 upload.seal()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clasp_core.library import Library, Question
-from clasp_core.store import AudioStore
+from clasp_core.store import FolderStore
 from tests.core.doubles import DIM, MODEL, random_vectors, segments_of, upload
 from tests.old_formats.make import FAILED, FOLDER, READY, WAITING, revisions
 
@@ -26,7 +26,7 @@ def test_what_an_earlier_version_wrote_is_read(written: Path, tmp_path: Path) ->
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
         # the dump of sqlite_sequence wants a table that only SQLite may make
         db.executescript(re.sub(r"(?m)^CREATE TABLE sqlite_sequence.*\n", "", written.read_text()))
-    store = AudioStore(tmp_path / "audio")
+    store = FolderStore(tmp_path / "audio")
     for name in [*READY, WAITING, FAILED]:
         with store.receive() as arriving:
             arriving.write(name.encode())

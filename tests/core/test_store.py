@@ -1,4 +1,5 @@
-"""The audio store: a file under its final name is whole, and stays exactly as long as a recording has it."""
+"""The audio stores, a folder and one in S3: what has its final name is whole, and stays exactly as long as a
+recording has it."""
 
 import contextlib
 import hashlib
@@ -13,28 +14,53 @@ import pytest
 
 from clasp_core.catalog import Catalog, NewRecording
 from clasp_core.errors import RecordingNotFound
-from clasp_core.store import AudioStore
+from clasp_core.s3 import S3Store
+from clasp_core.store import AudioStore, Displaced, FolderStore
 from tests.core.doubles import processes
+from tests.object_store import BUCKET, object_store
 
 CONTENT = b"some bytes of a recording" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
+def opened(kind: str, root: Path, endpoint: str | None = None) -> AudioStore:
+    """A store of either kind. What arrives for the one in S3 is in the same folder."""
+    if kind == "folder":
+        return FolderStore(root)
+    return S3Store(BUCKET, root.as_posix().strip("/"), root / "incoming", endpoint=endpoint)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> AudioStore:
-    return AudioStore(tmp_path / "audio")
+def endpoint(kind: str) -> str | None:
+    return object_store().endpoint if kind == "s3" else None
+
+
+@pytest.fixture
+def store(kind: str, tmp_path: Path, endpoint: str | None) -> AudioStore:
+    return opened(kind, tmp_path / "audio", endpoint)
 
 
 def put(store: AudioStore, content: bytes) -> str:
     with store.receive() as upload:
         upload.write(content)
         upload.seal()
+        store.prepare(upload)
         store.place(upload)
         return upload.sha256
 
 
-def arriving(store: AudioStore) -> list[Path]:
-    return list((store.path(SHA256).parents[1] / "incoming").iterdir())
+def content_of(store: AudioStore, sha256: str) -> bytes:
+    with store.open(sha256) as file:
+        return file.read()
+
+
+def arriving(folder: Path) -> list[Path]:
+    return list((folder / "audio" / "incoming").iterdir())
 
 
 def test_placed_bytes_come_back(store: AudioStore) -> None:
@@ -44,10 +70,11 @@ def test_placed_bytes_come_back(store: AudioStore) -> None:
             upload.write(CONTENT[start : start + 777])
         upload.seal()
         assert (upload.sha256, upload.size_bytes) == (SHA256, len(CONTENT))
+        store.prepare(upload)
         store.place(upload)
     with store.open(SHA256) as file:
         assert file.read() == CONTENT
-    assert store.path(SHA256).read_bytes() == CONTENT
+    assert content_of(store, SHA256) == CONTENT
     assert list(store.stored()) == [SHA256]
 
 
@@ -60,22 +87,23 @@ def test_no_name_shows_bytes_that_are_not_all_there(store: AudioStore) -> None:
         assert list(store.stored()) == []
         with pytest.raises(FileNotFoundError):
             store.open(SHA256)
+        store.prepare(upload)
         store.place(upload)
         assert list(store.stored()) == [SHA256]
 
 
-def test_the_same_bytes_are_kept_once(store: AudioStore) -> None:
+def test_the_same_bytes_are_kept_once(store: AudioStore, tmp_path: Path) -> None:
     """A hundred uploads of one file take the disk of one; and whoever reads the first is not disturbed."""
     put(store, CONTENT)
     with store.open(SHA256) as file:
         assert put(store, CONTENT) == SHA256
         assert file.read() == CONTENT
-    assert store.path(SHA256).read_bytes() == CONTENT
+    assert content_of(store, SHA256) == CONTENT
     assert list(store.stored()) == [SHA256]
-    assert arriving(store) == []
+    assert arriving(tmp_path) == []
 
 
-def test_what_is_not_placed_is_removed(store: AudioStore) -> None:
+def test_what_is_not_placed_is_removed(store: AudioStore, tmp_path: Path) -> None:
     """A refused upload, or one whose client went away, leaves nothing behind."""
     with store.receive() as upload:
         upload.write(CONTENT)
@@ -83,7 +111,7 @@ def test_what_is_not_placed_is_removed(store: AudioStore) -> None:
     with contextlib.suppress(ConnectionError), store.receive() as upload:
         upload.write(CONTENT)
         raise ConnectionError
-    assert arriving(store) == []
+    assert arriving(tmp_path) == []
     assert list(store.stored()) == []
 
 
@@ -97,7 +125,7 @@ def test_removing_is_final_and_may_be_repeated(store: AudioStore) -> None:
     assert put(store, CONTENT) == SHA256
 
 
-def test_only_old_arrivals_are_discarded(store: AudioStore) -> None:
+def test_only_old_arrivals_are_discarded(store: AudioStore, tmp_path: Path) -> None:
     """What a killed process was receiving is garbage; what is being received now, perhaps slowly, is not."""
     with store.receive() as abandoned, store.receive() as current:
         for upload in (abandoned, current):
@@ -105,24 +133,27 @@ def test_only_old_arrivals_are_discarded(store: AudioStore) -> None:
             upload.seal()
         os.utime(abandoned.path, (0, 0))
         store.discard_abandoned()
-        assert arriving(store) == [current.path]
+        assert arriving(tmp_path) == [current.path]
+        store.prepare(current)
         store.place(current)
     assert list(store.stored()) == [SHA256]
 
 
-def place_until_killed(root: Path, life: int, begun: Connection) -> None:
-    store = AudioStore(root)
+def place_until_killed(kind: str, root: Path, endpoint: str | None, life: int, begun: Connection) -> None:
+    store = opened(kind, root, endpoint)
     for number in range(10**6):
         put(store, f"{life} {number} ".encode() * 10_000)
         begun.send(number)
 
 
-def test_a_killed_writer_leaves_whole_files_and_litter_that_can_be_discarded(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_whole_files_and_litter_that_can_be_discarded(
+    kind: str, tmp_path: Path, endpoint: str | None
+) -> None:
     """The worst moment to die is in the middle of a file: its name must not be there yet."""
     context = processes()
-    for life in range(5):
+    for life in range(5 if kind == "folder" else 2):
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=place_until_killed, args=(tmp_path, life, writer))
+        process = context.Process(target=place_until_killed, args=(kind, tmp_path, endpoint, life, writer))
         process.start()
         writer.close()
         for _ in range(life + 1):
@@ -131,9 +162,9 @@ def test_a_killed_writer_leaves_whole_files_and_litter_that_can_be_discarded(tmp
         process.join()
         assert process.exitcode == -signal.SIGKILL
         reader.close()
-    store = AudioStore(tmp_path)
+    store = opened(kind, tmp_path, endpoint)
     for sha256 in store.stored():
-        assert hashlib.sha256(store.path(sha256).read_bytes()).hexdigest() == sha256
+        assert hashlib.sha256(content_of(store, sha256)).hexdigest() == sha256
     store.discard_abandoned(older_than_s=-1)
     assert list((tmp_path / "incoming").iterdir()) == []
 
@@ -160,11 +191,12 @@ def test_no_recording_is_ever_without_its_bytes(store: AudioStore, tmp_path: Pat
     hashes = [hashlib.sha256(content).hexdigest() for content in contents]
     over = threading.Event()
     missing: list[str] = []
+    is_local = isinstance(store, FolderStore)
 
     def hammer(seed: int) -> None:
         chance = random.Random(seed)
         collection = f"{seed}"
-        for _ in range(25):
+        for _ in range(25 if is_local else 10):
             content = chance.choice(contents)
             with store.receive() as upload:
                 upload.write(content)
@@ -172,9 +204,15 @@ def test_no_recording_is_ever_without_its_bytes(store: AudioStore, tmp_path: Pat
                 new = NewRecording(
                     f"{seed} {content!r}", collection, upload.sha256, len(content), None, None, {}
                 )
-                recording, _ = catalog.register(new, lambda upload=upload: store.place(upload))  # type: ignore[misc]
+                while True:
+                    store.prepare(upload)
+                    with contextlib.suppress(Displaced):
+                        recording, _ = catalog.register(new, lambda upload=upload: store.place(upload))  # type: ignore[misc]
+                        break
             # ours alone, so it and its bytes stay until we delete it
-            if not store.path(recording.sha256).exists():
+            try:
+                store.find(recording.sha256)
+            except FileNotFoundError:
                 missing.append(recording.id)
             if chance.random() < 0.7:
                 catalog.delete(recording.id)
@@ -183,10 +221,10 @@ def test_no_recording_is_ever_without_its_bytes(store: AudioStore, tmp_path: Pat
                     catalog.get(recording.id)
 
     def sweep_on() -> None:
-        while not over.is_set():
+        while not over.wait(0 if is_local else 0.05):
             catalog.sweep([*hashes, *store.stored()], store.remove)
 
-    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(4 if is_local else 2)]
     sweeper = threading.Thread(target=sweep_on)
     for thread in (*threads, sweeper):
         thread.start()
@@ -197,5 +235,5 @@ def test_no_recording_is_ever_without_its_bytes(store: AudioStore, tmp_path: Pat
     assert missing == []
     rows = catalog.page(limit=100)
     assert sorted(store.stored()) == sorted({row.sha256 for row in rows})
-    assert arriving(store) == []
+    assert arriving(tmp_path) == []
     catalog.close()
