@@ -85,8 +85,8 @@ def test_what_ends_is_given_the_time_that_it_takes() -> None:
 
 
 def test_databases_are_met_by_nobody_else() -> None:
-    """PostgreSQL, Milvus and the S3 store are in a network without a way in or out; the proxy, which strangers
-    talk to, is not in it."""
+    """PostgreSQL, Milvus and the S3 store are in a network without a way in or out; the proxy, where
+    strangers come, is not in it."""
     assert COMPOSE["networks"]["data"] == {"internal": True}
     within = {name for name, service in COMPOSE["services"].items() if "data" in service.get("networks", [])}
     assert within == {"api1", "api2", "worker", "postgres", "milvus", "s3", "buckets"}
