@@ -16,6 +16,8 @@ from tests.service import ROOT, RunningService, environment, eventually
 
 USER = 10001
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+RIGHTS = {"proxy": ["NET_BIND_SERVICE"], "s3": ["CHOWN", "SETUID", "SETGID"]}
+"""Of engines: the proxy's ports, and what the S3 store's image needs to become another user than root."""
 ENLARGED = {"scaled", "monitoring"}
 
 
@@ -53,7 +55,7 @@ def test_a_composed_service_can_do_little(name: str) -> None:
     and nobody a port that is open to other machines, but for the proxy's."""
     service = COMPOSE["services"][name]
     assert service["cap_drop"] == ["ALL"]
-    assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
+    assert service.get("cap_add", []) == RIGHTS.get(name, [])
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["tmpfs"][0] == "/tmp"
     assert not service.keys() & {"privileged", "devices", "network_mode", "pid", "ipc"}
