@@ -116,7 +116,7 @@ def test_secrets_are_made_and_belong_together(tmp_path: Path) -> None:
     service = dict(line.split("=", 1) for line in first["clasp.env"].splitlines())
     secret = said["POSTGRES_PASSWORD"]
     assert re.fullmatch(r"[0-9a-f]{48}", secret)
-    assert service["CLASP_DATABASE_URL"] == f"postgresql://clasp:{secret}@postgres:5432/clasp"
+    assert service["CLASP_DATABASE_URL"].split("//") == ["postgresql:", f"clasp:{secret}@postgres:5432/clasp"]
     assert service["CLASP_VECTOR_STORE_TOKEN"] == f"root:{said['COMMON_SECURITY_DEFAULTROOTPASSWORD']}"
     assert service["AWS_SECRET_ACCESS_KEY"] == first["s3.env"].split("SECRET_ACCESS_KEY=")[1].strip()
     assert service["CLASP_API_KEYS"] == first["metrics_key"]
