@@ -49,6 +49,7 @@ check: $(VENV)/dev
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/python -m tests.deploy_check
 	$(BIN)/python -m tests.secrets_check
 
 # Known vulnerabilities of the pinned versions. Asks the Python Package Index or, with AUDIT_SERVICE=osv, osv.dev,
@@ -64,6 +65,7 @@ $(VENV)/audit/bin/pip-audit:
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_index
+	$(BIN)/python -m tests.bench_capacity
 	$(BIN)/python -m tests.picture_gate
 	$(BIN)/python -m tests.bench_paper --clips 4
 

@@ -38,8 +38,13 @@ STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
 
 
-def work(settings: Settings, *, owner: str | None = None, supervised: bool = False) -> None:
+def work(
+    settings: Settings, *, owner: str | None = None, supervised: bool = False, alive: Path | None = None
+) -> None:
     """Be an ingest worker until stopped: by SIGTERM or SIGINT, or when the supervisor is gone.
+
+    `alive` is a file that is touched after each batch of segments and each look at the queue, for who
+    cannot see the process: it is as old as what the worker is at now.
 
     Where the library is switched to another model, one that nobody supervises goes on with that; the
     others are at rest until they are stopped, and the service starts new ones when it has followed.
@@ -50,7 +55,7 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
     structlog.contextvars.bind_contextvars(owner=owner)
     start_tracing("worker")
     model, library = open_configured_library(settings)
-    ingester = _ingester(settings, model, library, owner, supervised)
+    ingester = _ingester(settings, model, library, owner, supervised, alive)
     stopping = threading.Event()
 
     def stop(*_: object) -> None:
@@ -75,12 +80,14 @@ def work(settings: Settings, *, owner: str | None = None, supervised: bool = Fal
             active = library.catalog.active()
             library.close()
             model, library = open_configured_library(settings, active.name if active else None)
-            ingester = _ingester(settings, model, library, owner, supervised)
+            ingester = _ingester(settings, model, library, owner, supervised, alive)
     library.close()
     stop_tracing()
 
 
-def _ingester(settings: Settings, model: Model, library: Library, owner: str, supervised: bool) -> Ingester:
+def _ingester(
+    settings: Settings, model: Model, library: Library, owner: str, supervised: bool, alive: Path | None
+) -> Ingester:
     encoder = model.speech_encoder()
     warm_up(encoder)
     return Ingester(
@@ -89,6 +96,7 @@ def _ingester(settings: Settings, model: Model, library: Library, owner: str, su
         max_duration_s=settings.max_duration_s,
         owner=owner,
         observe=_report if supervised else lambda timings: None,
+        alive=(lambda: None) if alive is None else alive.touch,
     )
 
 

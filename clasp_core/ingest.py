@@ -103,7 +103,8 @@ class Queue(Protocol):
 class Ingester:
     """Embeds a library's pending recordings, or those of another queue that are to have the library's model.
 
-    Use from one thread; `stop` may be called from any.
+    Use from one thread; `stop` may be called from any. `alive` is called at each look at the queue, after
+    each batch of segments, and while results wait for room: silent for minutes, it hangs.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Ingester:
         owner: str | None = None,
         queue: Queue | None = None,
         observe: Callable[[Timings], None] = lambda timings: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.owner = owner or uuid4().hex
         self._library = library
@@ -124,6 +126,7 @@ class Ingester:
         self._max_duration_s = max_duration_s
         self._segmenting = segmenting or SegmentConfig()
         self._observe = observe
+        self._alive = alive
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -141,6 +144,7 @@ class Ingester:
 
         Raises DataMismatch where the library has another model by now.
         """
+        self._alive()
         model = self._library.model
         try:
             leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
@@ -184,6 +188,7 @@ class Ingester:
                 if not told:
                     _log.warning("results wait for room on the disk", extra={"reason": error.detail})
                 told = True
+                self._alive()
                 if self._stopping.wait(WITHOUT_ROOM_S):
                     raise
 
@@ -209,6 +214,7 @@ class Ingester:
                 for (job, _), segment in zip(batch, embedded, strict=True):
                     job.segments.append(segment)
                 fault("ingest.embedded")
+                self._alive()
                 timings.batches.append(len(batch))
                 timings.embed += time.perf_counter() - mark
                 if self._stopping.is_set():

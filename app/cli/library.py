@@ -99,6 +99,9 @@ def _keys_are_needed(settings: Settings) -> bool:
 
 @cli.command(help="Run one more ingest worker on the same data directory.")
 def worker(
+    alive: Annotated[
+        Path | None, typer.Option(help="File to touch while it goes on, for a container's health check.")
+    ] = None,
     supervised: Annotated[bool, typer.Option(hidden=True)] = False,
     owner: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -107,7 +110,7 @@ def worker(
 
     settings = Settings()
     configure_logging(settings.log_level)
-    work(settings, owner=owner, supervised=supervised)
+    work(settings, owner=owner, supervised=supervised, alive=alive)
 
 
 @cli.command(help="Index recordings: files, or folders with everything in them. Safe to run again.")

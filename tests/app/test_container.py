@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import yaml
 
 from tests.audio_files import encode, tone
-from tests.service import ROOT, RunningService
+from tests.service import ROOT, RunningService, environment, eventually
 
 USER = 10001
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+RIGHTS = {"proxy": ["NET_BIND_SERVICE"], "s3": ["CHOWN", "SETUID", "SETGID"]}
+"""Of engines: the proxy's ports, and what the S3 store's image needs to become another user than root."""
+ENLARGED = {"scaled", "monitoring"}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -48,16 +52,99 @@ def test_the_image_s_user_is_not_root() -> None:
 @pytest.mark.parametrize("name", COMPOSE["services"])
 def test_a_composed_service_can_do_little(name: str) -> None:
     """Somebody who breaks out of a decoder must find no capability, no way to root and nothing to write to;
-    and nobody a port that is open to other machines."""
+    and nobody a port that is open to other machines, but for the proxy's."""
     service = COMPOSE["services"][name]
     assert service["cap_drop"] == ["ALL"]
+    assert service.get("cap_add", []) == RIGHTS.get(name, [])
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["tmpfs"] == ["/tmp"]
-    assert not service.keys() & {"privileged", "cap_add", "devices", "user", "network_mode", "pid", "ipc"}
-    assert not any("docker.sock" in volume or volume.startswith(("/", ".")) for volume in service["volumes"])
-    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-    # `fetch` runs once and serves nobody
-    assert service.get("read_only") is (True if "ports" in service else None)
+    assert service["tmpfs"][0] == "/tmp"
+    assert not service.keys() & {"privileged", "devices", "network_mode", "pid", "ipc"}
+    ours = "build" in service
+    assert not (ours and "user" in service)
+    for volume in service.get("volumes", []):
+        assert volume == "./deploy/secrets/tls:/run/tls:ro" or not volume.startswith(("/", "."))
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:") or name == "proxy"
+    # `fetch` runs once and serves nobody; Milvus writes beside its configuration
+    assert service.get("read_only", False) is (name not in ("fetch", "milvus"))
+    if not ours:
+        assert re.search(r":v?\d+\.\d+", service["image"]), "not pinned by its version"
+    if ENLARGED & set(service.get("profiles", [])):
+        assert service["mem_limit"]
+        assert service["healthcheck"] if not name.startswith("api") else "HEALTHCHECK" in dict(instructions())
+        assert service["restart"] == ("on-failure:5" if name == "buckets" else "unless-stopped")
+
+
+def test_what_ends_is_given_the_time_that_it_takes() -> None:
+    """A replica that is killed while it drains breaks off the uploads for which it drains."""
+    for name in ("api1", "api2"):
+        service = COMPOSE["services"][name]
+        seconds = int(service["stop_grace_period"].removesuffix("s"))
+        assert seconds >= int(service["environment"]["CLASP_DRAIN_S"]) + 30
+    proxied = (ROOT / "deploy" / "Caddyfile").read_text()
+    assert "grace_period 60s" in proxied
+    assert COMPOSE["services"]["proxy"]["stop_grace_period"] == "70s"
+
+
+def test_databases_are_met_by_nobody_else() -> None:
+    """PostgreSQL, Milvus and the S3 store are in a network without a way in or out; the proxy, where
+    strangers come, is not in it."""
+    assert COMPOSE["networks"]["data"] == {"internal": True}
+    within = {name for name, service in COMPOSE["services"].items() if "data" in service.get("networks", [])}
+    assert within == {"api1", "api2", "worker", "postgres", "milvus", "s3", "buckets"}
+    for name in ("postgres", "milvus", "s3", "worker"):
+        assert COMPOSE["services"][name]["networks"] == ["data"]
+
+
+def test_secrets_are_made_and_belong_together(tmp_path: Path) -> None:
+    """No password is in a file that is shared, none has a default, and what one container is told another
+    expects. A second run changes nothing: it would lock everybody out."""
+    (tmp_path / "deploy").mkdir()
+    script = shutil.copy(ROOT / "deploy" / "secrets.sh", tmp_path / "deploy")
+    folder = tmp_path / "deploy" / "secrets"
+
+    def made() -> dict[str, str]:
+        subprocess.run(["sh", script, "scaled"], check=True)
+        return {
+            path.name: path.read_text() for path in [*folder.iterdir(), tmp_path / ".env"] if path.is_file()
+        }
+
+    first = made()
+    assert made() == first
+    assert folder.stat().st_mode & 0o777 == 0o700
+    said = dict(re.findall(r"^(\w+)=(.+)$", "\n".join(first.values()), re.MULTILINE))
+    service = dict(line.split("=", 1) for line in first["clasp.env"].splitlines())
+    secret = said["POSTGRES_PASSWORD"]
+    assert re.fullmatch(r"[0-9a-f]{48}", secret)
+    assert service["CLASP_DATABASE_URL"].split("//") == ["postgresql:", f"clasp:{secret}@postgres:5432/clasp"]
+    assert service["CLASP_VECTOR_STORE_TOKEN"] == f"root:{said['COMMON_SECURITY_DEFAULTROOTPASSWORD']}"
+    assert service["AWS_SECRET_ACCESS_KEY"] == first["s3.env"].split("SECRET_ACCESS_KEY=")[1].strip()
+    assert service["CLASP_API_KEYS"] == first["metrics_key"]
+    assert len(set(re.findall(r"[0-9a-f]{48}", "".join(first.values())))) == 5
+    named = {path for service in COMPOSE["services"].values() if (path := service.get("env_file"))}
+    assert {Path(path).name for path in named} <= first.keys()
+
+
+def test_a_worker_says_that_it_goes_on(tmp_path: Path) -> None:
+    """It has no port to ask; its container's health check looks how old a file is."""
+    alive = tmp_path / "alive"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.stand_in", "worker", "--alive", alive],
+        env=environment(data_dir=tmp_path / "index_data", threads=1) | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(alive.exists, within_s=60)
+        alive.unlink()
+        eventually(alive.exists, within_s=10)
+        (check,) = [part for part in COMPOSE["services"]["worker"]["healthcheck"]["test"] if "find" in part]
+        check = check.replace("$$", "$").replace("/tmp/alive", str(alive))
+        assert subprocess.run(["sh", "-c", check]).returncode == 0
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+    os.utime(alive, (0, 0))
+    assert subprocess.run(["sh", "-c", check]).returncode != 0
 
 
 ALL_ELSE_READ_ONLY = """
