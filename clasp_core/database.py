@@ -223,13 +223,14 @@ class Database:
         deadline = time.monotonic() + WAITING_LOOKS_EVERY_S
         try:
             if self._listening is None:
-                self._listening = self._engine.raw_connection()
-                self._listening.detach()  # not the pool's any more: it is never given to anybody else
-                self._listening.driver_connection.autocommit = True
-                self._listening.driver_connection.execute(f"LISTEN {_CHANNEL}")
+                pooled = self._engine.raw_connection()
+                self._listening = pooled.driver_connection
+                pooled.detach()  # it is never given to anybody else
+                self._listening.autocommit = True
+                self._listening.execute(f"LISTEN {_CHANNEL}")
                 return
             while not stopping.is_set() and time.monotonic() < deadline:
-                if any(self._listening.driver_connection.notifies(timeout=poll_s, stop_after=1)):
+                if any(self._listening.notifies(timeout=poll_s, stop_after=1)):
                     return
         except (psycopg.Error, sa.exc.SQLAlchemyError, DatabaseUnavailable):
             self._stop_listening()
@@ -322,7 +323,7 @@ def _on_postgresql_error(context: sa.engine.ExceptionContext) -> None:
     """Trouble of the server's as DatabaseUnavailable. All else is a bug: of what the server says of that only
     the kind is kept, since the rest repeats what rows hold, and errors go into the log."""
     error: Any = context.original_exception
-    if not hasattr(error, "sqlstate"):
+    if context.is_pre_ping or not hasattr(error, "sqlstate"):
         return
     code = error.sqlstate
     if code == "53100":
