@@ -817,9 +817,9 @@ def _admit_alone(db: sa.Connection, admission: Admission, size_bytes: int) -> No
     same moment wait here for each other, and therefore not before they have to."""
     if admission.is_counted and lock(db, f"key {admission.key}"):
         _check_quota(db, admission, size_bytes)
-    near = max(1, admission.max_pending - AT_THE_SAME_MOMENT)
-    if admission.max_pending and db.dialect.name != "sqlite" and _waiting(db, near):
-        lock(db, "queue")
+    calm = admission.max_pending - AT_THE_SAME_MOMENT
+    near = admission.max_pending and (calm <= 0 or _waiting(db, calm))
+    if near and lock(db, "queue"):
         _admit(db, Admission(max_pending=admission.max_pending), size_bytes)
 
 

@@ -19,7 +19,10 @@ import pytest
 from clasp_core.backup import restore
 from tests.app.test_processes import recording
 from tests.conftest import Sample
+from tests.postgres import IN_A_FILE
 from tests.service import RunningService, clasp, environment, eventually
+
+pytestmark = IN_A_FILE
 
 
 @pytest.fixture(scope="module")
