@@ -798,7 +798,8 @@ def _bucket(sha256: str) -> str:
 
 _HELD = (
     sa.func.count(),
-    sa.func.coalesce(sa.func.sum(RECORDINGS.c.size_bytes), 0),
+    # PostgreSQL makes a decimal of the sum of integers of 64 bits
+    sa.cast(sa.func.coalesce(sa.func.sum(RECORDINGS.c.size_bytes), 0), sa.BigInteger),
     sa.func.coalesce(sa.func.sum(RECORDINGS.c.duration_s), 0.0),
 )
 

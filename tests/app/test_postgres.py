@@ -2,7 +2,6 @@
 as well where CLASP_TEST_DATABASE=postgresql says so."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -72,9 +71,9 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(tmp_path: Path) -> No
         assert service.upload(recording(2), id="after", headers={"Prefer": "wait=30"}).status_code == 201
         assert {hit["id"] for hit in service.found("anything")} == {"before", "after"}
         assert service.worker_pids() == workers
-        with closing(sa.create_engine(server.url()).connect()) as db:
+        engine = sa.create_engine(server.url(), poolclass=sa.NullPool)
+        with engine.connect() as db:
             assert set(db.execute(sa.text("SELECT attempts FROM recordings")).scalars()) == {1}
-            db.engine.dispose()
         assert service.stop() == 0
         assert "hush" not in service.log()
         assert "unexpected error" not in service.log()
