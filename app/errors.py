@@ -55,6 +55,7 @@ STATUS_OF: dict[str, int] = {
     "disk_full": 507,
     "not_ready": 503,
     "store_unavailable": 503,
+    "database_unavailable": 503,
     # --- raised by this layer
     "unauthorized": 401,
     "forbidden": 403,
@@ -196,6 +197,9 @@ class _Bugs:
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise
+            if isinstance(error, ClaspError):  # of a middleware: who asks could not be looked up, say
+                await problem(error.code, error.detail)(scope, receive, send)
+                return
             _log.error("unexpected error", exc_info=error)
             detail = "An unexpected error occurred. This is a bug; the log has the details."
             await problem("internal_error", detail)(scope, receive, send)

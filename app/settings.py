@@ -34,13 +34,13 @@ class Settings(BaseSettings):
     """Where `clasp models fetch` finds the Hugging Face hub, or a mirror; else HF_ENDPOINT says."""
     data_dir: Path = Path("index_data")
     """Everything the service stores."""
-    database_url: str | None = None
-    """The catalogue; by default a SQLite file in the data directory."""
     audio_store: str | None = None
     """`s3://BUCKET` or `s3://BUCKET/PREFIX`, of this library alone; by default the recordings are in the data
     directory. Credentials are AWS's own variables and files."""
     s3_endpoint: str | None = None
     """Address of an S3-compatible store, as `https://host:port`; by default AWS's own variables say."""
+    database_url: Annotated[str | None, Field(repr=False)] = None
+    """The catalogue: `postgresql://USER:PASSWORD@HOST/DATABASE`; by default SQLite in the data directory."""
     vector_store: Literal["faiss", "torch"] = "faiss"
     """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
     vector_store_half: bool = False

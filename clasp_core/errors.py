@@ -33,6 +33,7 @@
     ├── QueueFull
     ├── DiskFull
     └── NotReady
+        ├── DatabaseUnavailable
         └── StoreUnavailable
 
 Each class has a stable `code`; it is what records and HTTP answers carry, and `app.errors` alone
@@ -248,3 +249,9 @@ class StoreUnavailable(NotReady):
     """The store of the recordings' bytes cannot be reached, or refuses; the same call may succeed later."""
 
     code = "store_unavailable"
+
+
+class DatabaseUnavailable(NotReady):
+    """The catalogue's database cannot be reached, or is too busy; the same call may succeed later."""
+
+    code = "database_unavailable"

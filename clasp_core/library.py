@@ -467,11 +467,17 @@ def _digest(new: NewRecording, recording_id: str | None) -> str:
 
 
 def _plain_json(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metadata that JSON can hold: a NaN, which Python would write, makes the row unreadable in SQL."""
+    """Metadata that every database can hold: a NaN, which Python would write, makes the row unreadable in
+    SQL; U+0000 and half a surrogate pair, which Python reads, are no text in PostgreSQL."""
     try:
-        json.dumps(dict(metadata), allow_nan=False)
+        written = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        written.encode()
+    except UnicodeEncodeError:
+        raise InvalidField("metadata holds half of a surrogate pair, which is no character.") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidField(f"metadata is not a JSON object: {error}.") from error
+    if "\\u0000" in written.replace("\\\\", ""):
+        raise InvalidField("metadata holds the character U+0000, which not every database can keep.")
     return metadata
 
 

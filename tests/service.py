@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+import sqlalchemy as sa
 
 from tests.object_store import object_store
+from tests.postgres import database_settings
 
 T = TypeVar("T")
 START_WITHIN_S = 120
@@ -32,10 +34,23 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def engines(data_dir: Path) -> dict[str, object]:
-    """Settings of the engines that a library gets where `CLASP_TEST_*` name others than the usual ones."""
-    if os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3":
-        return object_store().settings(data_dir)
-    return {}
+    """Settings for the engines that the environment wants the service to be tested with, instead of those
+    that need nothing: CLASP_TEST_DATABASE=postgresql, CLASP_TEST_AUDIO_STORE=s3. The same for the same data
+    directory."""
+    bytes_in_s3 = os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3"
+    return {**database_settings(data_dir), **(object_store().settings(data_dir) if bytes_in_s3 else {})}
+
+
+def sql(data_dir: Path, statement: str, **values: object) -> list[Any]:
+    """Run a statement on the catalogue of a data directory, behind everybody's back; the rows it gives."""
+    engine = sa.create_engine(
+        str(engines(data_dir).get("database_url", f"sqlite:///{data_dir}/catalog.sqlite3"))
+    )
+    with engine.begin() as db:
+        done = db.execute(sa.text(statement), values)
+        rows = list(done) if done.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def clasp(
@@ -43,10 +58,10 @@ def clasp(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
     data_dir = Path(str(settings.get("data_dir", cwd / "index_data")))
+    settings = engines(data_dir) | {"threads": 1} | settings
     return subprocess.run(
         [sys.executable, "-m", program, *map(str, arguments)],
-        env=environment(**({"threads": 1} | engines(data_dir) | settings))
-        | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        env=environment(**settings) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -71,8 +86,8 @@ class RunningService:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        usual = {"data_dir": data_dir / "index_data", "threads": 1} | engines(data_dir / "index_data")
-        self.settings = usual | settings
+        where = Path(str(settings.get("data_dir", data_dir / "index_data")))
+        self.settings = {"data_dir": where, "threads": 1} | engines(where) | settings
         self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
