@@ -100,6 +100,19 @@ ONCE = sa.Table(
     sa.Column("created_at", sa.DateTime),
     sa.Column("kept_until", sa.Float),
 )
+LIBRARY = sa.Table(
+    "library",
+    TABLES,
+    sa.Column("row", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("id", sa.Text),
+)
+TURNS = sa.Table(
+    "turns",
+    TABLES,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text),
+    sa.Column("until", sa.Float),
+)
 
 
 class Database:
