@@ -338,7 +338,7 @@ def exact_scores(query: NDArray[np.float32], vectors: Embeddings) -> list[float]
 
 
 def best_recordings(scored: Iterable[tuple[int, float]], limit: int, size: int, segments: int) -> list[Match]:
-    """The `limit` best recordings by their segments' numbers and exact scores, and all that tie with the last."""
+    """The `limit` best recordings by their segments' numbers and exact scores, and ties with the last."""
     exact: dict[int, list[tuple[int, float]]] = {}
     for number, score in scored:
         recording, ordinal = place_of(number)

@@ -342,7 +342,9 @@ class MilvusIndex:
                 state.name, filter=older, consistency_level="Strong", timeout=WRITE_WITHIN_S
             )
             if not isinstance(removed, dict) or removed.get("delete_count", 1):
-                written = self._last_write(state.name)
+                # 2.3 does not say when it removed them: before what is written next
+                self._note(state.name, state)
+                written = self._last_write(POINTS)
         fault("milvus.removed")
         state = _State(state.name, (changes.seq, changes.token), written)
         self._note(state.name, state)

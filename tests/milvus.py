@@ -37,8 +37,8 @@ def start_lite(folder: Path, port: int) -> tuple[str, "subprocess.Popen[bytes]"]
 
 @cache
 def whole_server() -> str:
-    """The URI of a Milvus server proper, which lives as long as this process. Skips the test where the package
-    `milvus` (2.3.5, which no extra asks for) is not installed."""
+    """The URI of a Milvus server proper, which lives as long as this process. Skips the test where its
+    package (`milvus` 2.3.5, which no extra asks for) is not installed."""
     program = Path(sys.executable).with_name("milvus-server")
     if not program.exists():
         pytest.skip("there is no Milvus server: pip install --no-deps milvus==2.3.5")
