@@ -54,7 +54,7 @@ from clasp_core.types import Embeddings, Seconds
 from clasp_core.vectors import FaissStore
 
 # they log what failed, with the request: what people asked for, and the names of their collections
-for _name in ("pymilvus", "milvus_lite"):
+for _name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 FORMAT = 1

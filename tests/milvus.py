@@ -1,7 +1,9 @@
 """Real Milvus for tests: milvus-lite's server, and the server proper of the `milvus` package."""
 
 import atexit
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -48,10 +50,11 @@ def whole_server() -> str:
         [program, "--data", folder, "--proxy-port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
     def stop() -> None:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # the program leaves its server behind
         process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 

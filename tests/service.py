@@ -43,6 +43,15 @@ def clasp(
     )
 
 
+def _engines() -> dict[str, str]:
+    """Which engines all services are to run on, where CLASP_TEST_VECTOR_STORE=milvus says so."""
+    if os.environ.get("CLASP_TEST_VECTOR_STORE") != "milvus":
+        return {}
+    from tests.milvus import lite_server
+
+    return {"vector_store": f"milvus:{lite_server()}"}
+
+
 class RunningService:
     """`clasp serve` on a free port and a data directory of its own, which outlives restarts.
 
@@ -60,7 +69,7 @@ class RunningService:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
+        self.settings = {"data_dir": data_dir / "index_data", "threads": 1, **_engines()} | settings
         self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)

@@ -14,7 +14,8 @@ ODD = {
     "hub_endpoint": "http://mirror:8080/hf",
     "data_dir": Path("data dir/ü"),
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
-    "vector_store": "torch",
+    "vector_store": "milvus:http://u:p%40ss@host:19530",
+    "vector_store_token": "root:p,a=s's",
     "vector_store_half": True,
     "device": "cpu",
     "threads": 3,
@@ -114,6 +115,7 @@ def test_the_hub_s_own_setting_is_honoured(monkeypatch: pytest.MonkeyPatch) -> N
         ("device", "tpu"),
         ("log_level", "loud"),
         ("vector_store", "redis"),
+        ("vector_store", "milvus:secret@host"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

@@ -64,7 +64,7 @@ def test_a_shared_index_answers_as_the_local_one(engine: Callable[[], str], tmp_
     local = Library(tmp_path / "data", model=MODEL, dim=DIM)
     shared = open_shared(tmp_path / "data", engine())
     names: list[str] = []
-    for step in range(4):
+    for step in range(3):
         for number in range(8):
             name = f"r{len(names)}"
             vectors = POOL[chance.choices(range(len(POOL)), k=chance.randint(1, 9))]
@@ -116,6 +116,7 @@ def rows(index: MilvusIndex) -> int:
 def die_following(folder: Path, uri: str, point: str) -> None:
     """In a process of its own: be killed at a point of applying what is new."""
     faults._armed = faults._from_environment(point)
+    milvus.TURN_S = 0.5
     open_shared(folder, uri).refresh()
 
 
@@ -125,7 +126,7 @@ def test_a_process_that_dies_while_it_applies_changes_leaves_nothing_wrong(
 ) -> None:
     """Processes are killed at every moment. The next one has all that is ready, nothing twice, and does not
     wait for the dead longer than its turn lasts."""
-    monkeypatch.setattr(milvus, "TURN_S", 0.5)  # before the other is forked from a server that knows nothing
+    monkeypatch.setattr(milvus, "TURN_S", 0.5)
     local = Library(tmp_path / "data", model=MODEL, dim=DIM)
     if point not in ("milvus.created", "milvus.named"):
         add(local, "gone", random_vectors(90, 2))
