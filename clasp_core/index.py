@@ -151,8 +151,7 @@ class VectorIndex:
                 self.point = (0, "")
         while changes := catalog.changes(self.seq, limit=at_once, model=self.model, dim=self.dim):
             self.apply(changes)
-            mend(catalog, changes, self.model)
-            fault("library.applied")
+            follow_up(catalog, changes, self.model)
         return True
 
     def apply(self, changes: Changes) -> None:
@@ -366,11 +365,12 @@ def _with_ties(matches: list[Match], limit: int) -> list[Match]:
     return [match for match in matches if match.score >= last]
 
 
-def mend(catalog: Catalog, changes: Changes, model: str) -> None:
-    """Have what was found damaged embedded anew."""
+def follow_up(catalog: Catalog, changes: Changes, model: str) -> None:
+    """What is to be done once changes are applied: what was found damaged is embedded anew."""
     if changes.damaged:
         _log.error("stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged))
         catalog.embed_anew(changes.damaged, model)
+    fault("library.applied")
 
 
 _Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]

@@ -47,7 +47,7 @@ from clasp_core.index import (
     best_segments,
     check_vectors,
     exact_scores,
-    mend,
+    follow_up,
     place_of,
 )
 from clasp_core.types import Embeddings, Seconds
@@ -270,8 +270,7 @@ class MilvusIndex:
             state = self._begin()
         while changes := self._catalog.changes(state.point[0], limit=at_once, model=self.model, dim=self.dim):
             state = self._state = self._apply(state, changes)
-            mend(self._catalog, changes, self.model)
-            fault("library.applied")
+            follow_up(self._catalog, changes, self.model)
 
     def _begin(self) -> _State:
         """A new, empty collection, which all go over to."""
