@@ -685,19 +685,18 @@ class Catalog:
         condition: sa.ColumnElement[bool] | None = None,
     ) -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
         """Those columns of a model's segments that are there, and whose recording meets the condition."""
-        wanted = set(segments)
+        number = SEGMENTS.c.recording * _PLACES + SEGMENTS.c.ordinal
         with self.database.reading() as db:
             for some in _chunks(segments):
                 # SQLite has no index for pairs in a list, but one for the first of them
                 of = SEGMENTS.c.recording.in_({recording for recording, _ in some})
-                at = SEGMENTS.c.ordinal.in_({ordinal for _, ordinal in some})
+                these = number.in_([recording * _PLACES + ordinal for recording, ordinal in some])
                 query = sa.select(SEGMENTS.c.recording, SEGMENTS.c.ordinal, *columns)
-                query = query.where(of & (SEGMENTS.c.model == model) & at)
+                query = query.where(of & (SEGMENTS.c.model == model) & these)
                 if condition is not None:
                     query = query.where(condition)
                 for recording, ordinal, *values in db.execute(query):
-                    if (recording, ordinal) in wanted:
-                        yield (recording, ordinal), values
+                    yield (recording, ordinal), values
 
     def matching(self, wanted: Filter) -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
@@ -728,6 +727,8 @@ def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 AT_ONCE = 1000
+_PLACES = 1 << 20
+"""More than a recording has segments."""
 
 
 def note_change(db: sa.Connection, keys: Sequence[int], model: str | None = None) -> None:
