@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from app.telemetry import Metrics, request_id
-from clasp_core.errors import NotReady
+from clasp_core.errors import IndexUnavailable, NotReady
 from clasp_core.ingest import embed_recording, mean_vector
 from clasp_core.library import Hit, Library, Question
 from clasp_core.models import Model, SpeechEncoder
@@ -37,12 +38,14 @@ class Engine:
     """A model and the library opened with it. Questions that one encodes are searched for by the same one."""
 
     def __init__(self, model: Model, library: Library) -> None:
-        """Loads the text encoder and brings the index up to date."""
+        """Loads the text encoder and brings the index up to date, unless that lies elsewhere and does not
+        answer: then questions say so, until it does."""
         self.model = model
         self.library = library
         self.text_encoder = model.text_encoder()
         self.text_encoder.encode(["warm-up"])
-        library.refresh()
+        with suppress(IndexUnavailable):
+            library.refresh()
 
     def embed_recording(
         self, path: Path, lang: str | None, given_up: Callable[[], bool]

@@ -1,9 +1,11 @@
 """From settings to an open model and library: the one place where the service and the verbs agree on how."""
 
 from pathlib import Path
+from typing import Any
 
 from app.settings import Settings
 from clasp_core.catalog import Catalog
+from clasp_core.errors import ExtraMissing
 from clasp_core.library import AUDIO_FOLDER, Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
 from clasp_core.store import INCOMING, AudioStore
@@ -30,12 +32,26 @@ def open_configured_library(
         dim=model.dim,
         name=_lasting_name(model.name),
         database_url=settings.database_url,
-        new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
+        **_index(settings),
         reindex=reindex,
         min_free_bytes=settings.min_free_bytes,
         store=open_configured_store(settings),
     )
     return model, library
+
+
+def _index(settings: Settings) -> dict[str, Any]:
+    """Where vectors are searched, as `Library` wants to be told."""
+    name, _, uri = settings.vector_store.partition(":")
+    if name != "milvus":
+        return {"new_store": store_for(name, settings.device, half=settings.vector_store_half)}
+    try:
+        from clasp_core.milvus import milvus_at
+    except ModuleNotFoundError as error:
+        raise ExtraMissing(
+            "CLASP_VECTOR_STORE=milvus:... needs Milvus's client: pip install 'clasp-search[milvus]'."
+        ) from error
+    return {"shared_index": milvus_at(uri, settings.vector_store_token)}
 
 
 def open_configured_catalog(settings: Settings) -> Catalog:

@@ -20,7 +20,13 @@ from app.tracing import start_tracing, stop_tracing
 from app.workers import Supervisor
 from clasp_core.calibration import calibration_of
 from clasp_core.catalog import StoredModel
-from clasp_core.errors import ClaspError, DatabaseUnavailable, ModelUnavailable, NotCalibrated
+from clasp_core.errors import (
+    ClaspError,
+    DatabaseUnavailable,
+    IndexUnavailable,
+    ModelUnavailable,
+    NotCalibrated,
+)
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.types import Seconds
@@ -157,6 +163,8 @@ class Service:
         library = self.library
         try:
             library.refresh()
+        except IndexUnavailable as error:
+            return error.detail
         except Exception:
             if library is self.library:  # else it was exchanged meanwhile, and closed
                 raise
@@ -171,7 +179,7 @@ class Service:
             try:
                 if not library.is_current():
                     library.catalog.keep(library.model)
-                library.catalog.forget_retired()
+                library.forget_retired()
                 library.catalog.forget_done()
                 library.sweep_again()
                 library.save_index()

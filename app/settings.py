@@ -41,8 +41,11 @@ class Settings(BaseSettings):
     """Address of an S3-compatible store, as `https://host:port`; by default AWS's own variables say."""
     database_url: Annotated[str | None, Field(repr=False)] = None
     """The catalogue: `postgresql://USER:PASSWORD@HOST/DATABASE`; by default SQLite in the data directory."""
-    vector_store: Literal["faiss", "torch"] = "faiss"
-    """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
+    vector_store: Annotated[str, Field(repr=False)] = "faiss"
+    """What searches vectors: on the device `faiss` (on a GPU with faiss-gpu only) or `torch`; or elsewhere
+    `milvus:http://HOST:19530`, or `milvus:PATH.db` for a milvus-lite file."""
+    vector_store_token: Annotated[str, Field(repr=False)] = ""
+    """Milvus's token, or `user:password`, which may stand in its URI as well."""
     vector_store_half: bool = False
     """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -91,6 +94,13 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(item.strip() for item in value.split(",") if item.strip())
         return value
+
+    @field_validator("vector_store")
+    @classmethod
+    def _store(cls, store: str) -> str:
+        if store not in ("faiss", "torch") and not re.fullmatch(r"milvus:(https?://.+|.+\.db)", store):
+            raise ValueError("it is faiss, torch, milvus:http://HOST:PORT or milvus:PATH.db")
+        return store
 
     @field_validator("url_hosts")
     @classmethod

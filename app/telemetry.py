@@ -59,7 +59,8 @@ def configure_logging(level: str) -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-    logging.getLogger("uvicorn.access").disabled = True  # it writes query strings, that is, questions
+    # it writes query strings, that is, questions; `disabled` is undone by pymilvus's logging configuration
+    logging.getLogger("uvicorn.access").addFilter(lambda record: False)
     logging.getLogger("httpcore").setLevel("WARNING")  # it writes where a URL redirects, with what is signed
     logging.getLogger("alembic").setLevel("WARNING")
     # what nobody expected, and ends a process or a thread, is a line like all others

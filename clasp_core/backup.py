@@ -232,6 +232,7 @@ def _backup(source: sa.URL, store: AudioStore, destination: Path, work: Path, ob
         live.database.copy_to(work / "snapshot.sqlite3")
         with closing(Catalog(_url(work / "snapshot.sqlite3"))) as catalog:
             catalog.forget_leases()
+            catalog.forget_identity()
             fault("backup.copied")
             contents = _contents(catalog)
             for done, (sha256, recordings) in enumerate(contents.items(), 1):

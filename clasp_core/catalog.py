@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 
 from clasp_core.database import (
     CHANGES,
+    LIBRARY,
     MODELS,
     ONCE,
     RECORDINGS,
     REINDEXING,
     SEGMENTS,
+    TURNS,
     Database,
     exists,
     lock,
@@ -173,6 +175,11 @@ class Changes:
     """A random mark of change `seq`: another history has another, though it has as many changes."""
     damaged: frozenset[int] = frozenset()
     """Those of the recordings without rows of which what is stored is no unit vector of `dim` any more."""
+    collections: tuple[str, ...] = ()
+    """The collection that each row's recording is in."""
+    seen: int = 0
+    """The newest change there was when the vectors were read, `seq` or later. Of two readings of a recording,
+    the one with the larger number is the later; with the same, they are the same."""
 
 
 _RECORDING_COLUMNS = [RECORDINGS.c[field] for field in Recording.__dataclass_fields__]
@@ -491,6 +498,50 @@ class Catalog:
             with self.database.writing() as db:
                 db.execute(sa.delete(MODELS).where(still))
 
+    def known_models(self) -> frozenset[str]:
+        """Fingerprints of the models that have, or are to have, vectors here."""
+        with self.database.reading() as db:
+            return frozenset(db.execute(sa.select(MODELS.c.fingerprint)).scalars())
+
+    # --- what is shared with other libraries and processes
+
+    def identity(self) -> str:
+        """A random name, of this library alone and for good: made at first use, and left out of backups."""
+        query = sa.select(LIBRARY.c.id)
+        with self.database.reading() as db:
+            found: str | None = db.execute(query).scalar_one_or_none()
+        if found is None:
+            with self.database.writing() as db:
+                lock(db, "library")
+                found = db.execute(query).scalar_one_or_none()
+                if found is None:
+                    found = secrets.token_hex(6)
+                    db.execute(sa.insert(LIBRARY).values(row=1, id=found))
+        return found
+
+    def forget_identity(self) -> None:
+        """Let a copy be another library."""
+        with self.database.writing() as db:
+            db.execute(sa.delete(LIBRARY))
+
+    def take_turn(self, name: str, owner: str, lease_s: Seconds) -> bool:
+        """Whether it is `owner`'s turn to do what is called so, for `lease_s` from now: nobody else's is."""
+        now, mine = time.time(), TURNS.c.owner == owner
+        turn = {"name": name, "owner": owner, "until": now + lease_s}
+        taken = sa.update(TURNS).where((TURNS.c.name == name) & (mine | (TURNS.c.until < now))).values(turn)
+        with self.database.writing() as db:
+            lock(db, f"turn {name}")
+            if db.execute(taken).rowcount:
+                return True
+            if exists(db, TURNS.c.name == name):
+                return False
+            db.execute(sa.insert(TURNS).values(turn))
+            return True
+
+    def end_turn(self, name: str, owner: str) -> None:
+        with self.database.writing() as db:
+            db.execute(sa.delete(TURNS).where((TURNS.c.name == name) & (TURNS.c.owner == owner)))
+
     # --- jobs
 
     def lease(self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None) -> list[Recording]:
@@ -595,13 +646,14 @@ class Catalog:
             end = db.execute(newest).one_or_none()
             if end is None:
                 return None
+            seen = end.seq
             upto = query.where(CHANGES.c.seq <= end.seq).order_by(CHANGES.c.seq)
             rows = db.execute(upto.limit(limit)).all()
             end = rows[-1] if len(rows) == limit else end
             keys = frozenset(row.recording for row in rows)
             wanted = (SEGMENTS.c.model == model) & SEGMENTS.c.recording.in_(keys)
             ready = (RECORDINGS.c.key == SEGMENTS.c.recording) & (RECORDINGS.c.status == "ready")
-            columns = (SEGMENTS.c.recording, SEGMENTS.c.ordinal, SEGMENTS.c.vector)
+            columns = (SEGMENTS.c.recording, SEGMENTS.c.ordinal, SEGMENTS.c.vector, RECORDINGS.c.collection)
             found = db.execute(sa.select(*columns).where(wanted & ready)).all()
         lost = bytes(4 * dim)
         stored = b"".join(row.vector if len(row.vector) == len(lost) else lost for row in found)
@@ -618,6 +670,8 @@ class Catalog:
             ordinals=np.array([row.ordinal for row in found], np.int64)[whole],
             vectors=vectors[whole],
             damaged=frozenset(damaged.tolist()),
+            collections=tuple(row.collection for row, is_whole in zip(found, whole, strict=True) if is_whole),
+            seen=seen,
         )
 
     def embed_anew(self, keys: Set[int], model: str) -> None:
@@ -663,19 +717,18 @@ class Catalog:
         condition: sa.ColumnElement[bool] | None = None,
     ) -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
         """Those columns of a model's segments that are there, and whose recording meets the condition."""
-        wanted = set(segments)
+        number = SEGMENTS.c.recording * _PLACES + SEGMENTS.c.ordinal
         with self.database.reading() as db:
             for some in _chunks(segments):
                 # SQLite has no index for pairs in a list, but one for the first of them
                 of = SEGMENTS.c.recording.in_({recording for recording, _ in some})
-                at = SEGMENTS.c.ordinal.in_({ordinal for _, ordinal in some})
+                these = number.in_([recording * _PLACES + ordinal for recording, ordinal in some])
                 query = sa.select(SEGMENTS.c.recording, SEGMENTS.c.ordinal, *columns)
-                query = query.where(of & (SEGMENTS.c.model == model) & at)
+                query = query.where(of & (SEGMENTS.c.model == model) & these)
                 if condition is not None:
                     query = query.where(condition)
                 for recording, ordinal, *values in db.execute(query):
-                    if (recording, ordinal) in wanted:
-                        yield (recording, ordinal), values
+                    yield (recording, ordinal), values
 
     def matching(self, wanted: Filter) -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""
@@ -706,6 +759,8 @@ def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 AT_ONCE = 1000
+_PLACES = 1 << 20
+"""More than a recording has segments."""
 
 
 def note_change(db: sa.Connection, keys: Sequence[int], model: str | None = None) -> None:

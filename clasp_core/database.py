@@ -15,7 +15,9 @@ order, so that no two can wait for each other:
     key, queue          what a quota, or the bound of the queue, is counted under
     changes             the end of the change sequence: whoever has this waits for nobody any more
 
-The last is why numbers of changes are in the order of commits: PostgreSQL frees such locks once all can see
+    library, turn N     taken alone: the row of the library's identity, and that of whose turn N is
+
+The last but one is why numbers of changes are in the order of commits: PostgreSQL frees such locks once all can see
 what was committed.
 """
 
@@ -159,6 +161,19 @@ _SQLITE_SEQUENCE = sa.Table(
 WAITING_LOOKS_EVERY_S: Seconds = 5.0
 """How often whoever waits to be told looks for itself: what tells is lost with a connection, or a process."""
 _CHANNEL = "clasp_work"
+LIBRARY = sa.Table(
+    "library",
+    TABLES,
+    sa.Column("row", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("id", sa.Text),
+)
+TURNS = sa.Table(
+    "turns",
+    TABLES,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text),
+    sa.Column("until", sa.Float),
+)
 
 
 class Database:

@@ -198,7 +198,7 @@ class DataDamaged(ClaspError):
 
 
 class IndexUnavailable(ClaspError):
-    """The vector store that was configured cannot run on this machine as it is installed."""
+    """The vector store that was configured cannot run here as it is installed, or does not answer."""
 
     code = "index_unavailable"
 

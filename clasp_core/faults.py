@@ -37,6 +37,12 @@ POINTS = {
     "index.placed": "it has its name, and the manifest names the one before",
     "index.described": "the manifest names it, and the one before is still there",
     "index.saved": "the one before is gone",
+    # --- the index in Milvus
+    "milvus.created": "there is a new, empty collection, and nothing names it",
+    "milvus.named": "it is the one to use",
+    "milvus.added": "the rows of a handful of changes are there, beside those they replace",
+    "milvus.removed": "those are gone, and the point is still the one before",
+    "milvus.noted": "the point says so, and it is still this process's turn",
     # --- a deletion
     "catalog.deleted": "the rows are gone, not committed",
     "library.forgotten": "committed, and the bytes are still there",

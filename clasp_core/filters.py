@@ -80,6 +80,15 @@ class Filter:
     bounds: tuple[Bound, ...] = ()
     metadata: tuple[Condition, ...] = ()
 
+    def only_collections(self) -> frozenset[str] | None:
+        """The collections that are meant, where nothing but collections is said; else None."""
+        if self != Filter(self.collection, self.within):
+            return None
+        if self.collection is None:
+            return self.within
+        chosen = frozenset({self.collection})
+        return chosen if self.within is None else chosen & self.within
+
     def where(self, table: sa.Table, dialect: str) -> sa.ColumnElement[bool]:
         """The same in SQL, of a table with the columns of recordings."""
         said: list[sa.ColumnElement[bool]] = [sa.true()]

@@ -1,5 +1,8 @@
 """The vector index: recordings found by their segments' vectors, and its snapshot on disk.
 
+`Index` is what a library needs of one: `VectorIndex`, in this process's memory, or `clasp_core.milvus`, in
+an engine that processes share. What of a recording makes a match, and what its scores are, is here for both.
+
 A replica, never the truth: it is brought up to date from the catalogue's change sequence, and rebuilt
 from it whenever its snapshot is missing, damaged or of another model. A segment's number in the vector
 store is made of its recording's key and its place in the recording, so no map between the two can go
@@ -7,29 +10,33 @@ stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from readerwriterlock.rwlock import RWLockWrite
 
-from clasp_core.catalog import Changes
+from clasp_core.catalog import Catalog, Changes
 from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.faults import fault
 from clasp_core.types import Embeddings
 from clasp_core.vectors import FaissStore, Mask, StoreMaker
 
-_ORDINAL_BITS = 20
+_log = logging.getLogger(__name__)
+
+ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
 
 Grouping: TypeAlias = Literal["recording", "segment"]
 """What a limit counts."""
-
+Among: TypeAlias = NDArray[np.int64] | Set[str]
+"""Which recordings to search: their keys, ascending; or, in an index that is shared, those of collections."""
 
 SNAPSHOT_FILE = "manifest.json"
 """What is written last of a snapshot."""
@@ -65,15 +72,60 @@ class _Saving(Exception):
     """Another process is saving a snapshot to the same folder."""
 
 
+class Index(Protocol):
+    """What a library searches. Thread-safe; `follow` is called by one thread at a time."""
+
+    is_shared: bool
+    """Whether it lies elsewhere, for several processes: such a one takes collections for `among`, has no
+    snapshot in the data directory, and gives no match that the catalogue does not have at that moment."""
+
+    @property
+    def point(self) -> tuple[int, str]:
+        """The last change of the catalogue, by number and token, that is known to be in it."""
+        ...
+
+    def __len__(self) -> int:
+        """Vectors, as far as known without asking anybody."""
+        ...
+
+    def follow(self, catalog: Catalog, at_once: int) -> bool:
+        """Bring it to the catalogue's last change, `at_once` changes at a time; whether there was anything
+        to do. Raises IndexUnavailable where it is shared and does not answer."""
+        ...
+
+    def search(
+        self,
+        queries: Embeddings,
+        limits: Sequence[int],
+        *,
+        among: Among | None = None,
+        segments: int = 5,
+        group_by: Grouping = "recording",
+    ) -> list[list[Match]]:
+        """As `VectorIndex.search`. Raises as `follow` does."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Keep it for the next start, where it is not kept anyway."""
+        ...
+
+    def forget_others(self, models: Set[str]) -> None:
+        """Drop what it keeps of this library by models that are none of these. Raises as `follow` does."""
+        ...
+
+
 class VectorIndex:
     """Exact cosine search over unit vectors. Thread-safe: many searches, or one change.
 
     The stores are not: FAISS searched during an addition crashes the process, hence the lock.
     """
 
+    is_shared = False
+
     def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
         self.dim = dim
         self.model = model
+        self._new_store = new_store
         self.point = (0, "")
         """The last change of the catalogue, by number and token, that this replica has."""
         self._store = new_store(dim)
@@ -88,17 +140,31 @@ class VectorIndex:
         """The number of the last change this replica has."""
         return self.point[0]
 
+    def follow(self, catalog: Catalog, at_once: int) -> bool:
+        if self.point == catalog.last_change():
+            return False
+        if not catalog.holds(self.point):
+            # the catalogue was put back to an earlier state, by a restored backup say: start over
+            with self._lock.gen_wlock():
+                self._store = self._new_store(self.dim)
+                self._recordings = set()
+                self.point = (0, "")
+        while changes := catalog.changes(self.seq, limit=at_once, model=self.model, dim=self.dim):
+            self.apply(changes)
+            follow_up(catalog, changes, self.model)
+        return True
+
     def apply(self, changes: Changes) -> None:
         """Make the changed recordings what the catalogue says they are now.
 
         Raises ValueError for vectors of another dimension or that are not finite and of unit length.
         """
-        _check(changes.vectors, self.dim)
-        numbers = (changes.owners << _ORDINAL_BITS) | changes.ordinals
+        check_vectors(changes.vectors, self.dim)
+        numbers = (changes.owners << ORDINAL_BITS) | changes.ordinals
         with self._lock.gen_wlock():
             known = changes.recordings & self._recordings
             if known:
-                owners = self._store.numbers >> _ORDINAL_BITS
+                owners = self._store.numbers >> ORDINAL_BITS
                 self._store.remove(np.isin(owners, np.fromiter(known, np.int64)))
                 self._recordings -= known
             if len(numbers):
@@ -111,7 +177,7 @@ class VectorIndex:
         queries: Embeddings,
         limits: Sequence[int],
         *,
-        among: NDArray[np.int64] | None = None,
+        among: Among | None = None,
         segments: int = 5,
         group_by: Grouping = "recording",
     ) -> list[list[Match]]:
@@ -122,9 +188,11 @@ class VectorIndex:
         than its limit. `among` holds the recording keys to search, ascending; None means all. Scores
         are computed again from the stored vectors, so they depend neither on the batch nor on the store.
         """
-        _check(queries, self.dim)
+        check_vectors(queries, self.dim)
+        if isinstance(among, Set):
+            raise TypeError("this index knows recordings, and no collections")
         with self._lock.gen_rlock():
-            inside = None if among is None else np.isin(self._store.numbers >> _ORDINAL_BITS, among)
+            inside = None if among is None else np.isin(self._store.numbers >> ORDINAL_BITS, among)
             size = len(self) if inside is None else int(np.count_nonzero(inside))
             depths = [min(size, 4 * limit + 16) for limit in limits]
             nearest = self._nearest(queries, depths, inside)
@@ -156,7 +224,7 @@ class VectorIndex:
         while True:
             scores, places = found
             numbers = self._store.numbers[places]
-            owners = numbers >> _ORDINAL_BITS
+            owners = numbers >> ORDINAL_BITS
             _, firsts, owner = np.unique(owners, return_index=True, return_inverse=True)
             bests = scores[firsts]
             cutoff = np.sort(bests)[-limit] if len(bests) >= limit else -np.inf
@@ -164,21 +232,11 @@ class VectorIndex:
             if seen == -np.inf or scores[-1] < cutoff - doubt:
                 break
             (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
-        exact: dict[int, list[tuple[int, float]]] = {}
         chosen = _worth_scoring(scores, owner, bests >= cutoff - doubt, segments, doubt)
-        for number, score in zip(numbers[chosen].tolist(), self._exact(query, places[chosen]), strict=True):
-            # below what was seen, another segment may be better that was not
-            if score > seen:
-                ordinal = number & ((1 << _ORDINAL_BITS) - 1)
-                exact.setdefault(number >> _ORDINAL_BITS, []).append((ordinal, score))
-        matches = []
-        for recording, scored in exact.items():
-            scored.sort(key=lambda segment: (-segment[1], segment[0]))
-            matches.append(Match(recording, scored[0][1], tuple(scored[:segments]), size))
-        if len(matches) > limit:
-            last = sorted((match.score for match in matches), reverse=True)[limit - 1]
-            matches = [match for match in matches if match.score >= last]
-        return matches
+        exact = exact_scores(query, self._store.rows(places[chosen]))
+        # below what was seen, another segment may be better that was not
+        scored = [pair for pair in zip(numbers[chosen].tolist(), exact, strict=True) if pair[1] > seen]
+        return best_recordings(scored, limit, size, segments)
 
     def _match_segments(
         self, query: NDArray[np.float32], found: "_Found", limit: int, size: int, inside: Mask | None
@@ -193,19 +251,8 @@ class VectorIndex:
                 break
             (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
         places = places[scores >= cutoff - doubt]
-        exact = self._exact(query, places)
-        last = sorted(exact, reverse=True)[:limit][-1] if exact else 0.0
-        return [
-            Match(number >> _ORDINAL_BITS, score, ((number & ((1 << _ORDINAL_BITS) - 1), score),), size)
-            for number, score in zip(self._store.numbers[places].tolist(), exact, strict=True)
-            if score >= last
-        ]
-
-    def _exact(self, query: NDArray[np.float32], places: NDArray[np.int64]) -> list[float]:
-        """Scores; each row by itself, so that equal vectors get equal scores wherever they lie."""
-        products = self._store.rows(places).astype(np.float64) * query.astype(np.float64)
-        scores: list[float] = products.sum(axis=1).tolist()
-        return scores
+        exact = exact_scores(query, self._store.rows(places))
+        return best_segments(zip(self._store.numbers[places].tolist(), exact, strict=True), limit, size)
 
     def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""
@@ -216,6 +263,9 @@ class VectorIndex:
         scores, places = self._store.nearest(queries, most, inside)
         for row_scores, row_places, depth in zip(scores, places, depths, strict=True):
             yield row_scores[:depth].astype(np.float64), row_places[:depth]
+
+    def forget_others(self, models: Set[str]) -> None:
+        """There are none: the snapshot is of one model."""
 
     # --- the snapshot
 
@@ -268,9 +318,59 @@ class VectorIndex:
             if len(store.numbers) != snapshot.count:
                 return index
             index._store = store
-            index._recordings = set(np.unique(store.numbers >> _ORDINAL_BITS).tolist())
+            index._recordings = set(np.unique(store.numbers >> ORDINAL_BITS).tolist())
             index.point = (snapshot.seq, snapshot.token)
         return index
+
+
+def place_of(number: int) -> tuple[int, int]:
+    """The recording's key and the place in the recording of the segment with that number."""
+    return number >> ORDINAL_BITS, number & ((1 << ORDINAL_BITS) - 1)
+
+
+def exact_scores(query: NDArray[np.float32], vectors: Embeddings) -> list[float]:
+    """Scores of vectors (n, dim); each row by itself, so that equal vectors get equal scores wherever they
+    lie."""
+    products = vectors.astype(np.float64) * query.astype(np.float64)
+    scores: list[float] = products.sum(axis=1).tolist()
+    return scores
+
+
+def best_recordings(scored: Iterable[tuple[int, float]], limit: int, size: int, segments: int) -> list[Match]:
+    """The `limit` best recordings by their segments' numbers and exact scores, and ties with the last."""
+    exact: dict[int, list[tuple[int, float]]] = {}
+    for number, score in scored:
+        recording, ordinal = place_of(number)
+        exact.setdefault(recording, []).append((ordinal, score))
+    matches = []
+    for recording, own in exact.items():
+        own.sort(key=lambda segment: (-segment[1], segment[0]))
+        matches.append(Match(recording, own[0][1], tuple(own[:segments]), size))
+    return _with_ties(matches, limit)
+
+
+def best_segments(scored: Iterable[tuple[int, float]], limit: int, size: int) -> list[Match]:
+    """The `limit` best segments, and all that tie with the last."""
+    matches = []
+    for number, score in scored:
+        recording, ordinal = place_of(number)
+        matches.append(Match(recording, score, ((ordinal, score),), size))
+    return _with_ties(matches, limit)
+
+
+def _with_ties(matches: list[Match], limit: int) -> list[Match]:
+    if len(matches) <= limit:
+        return matches
+    last = sorted((match.score for match in matches), reverse=True)[limit - 1]
+    return [match for match in matches if match.score >= last]
+
+
+def follow_up(catalog: Catalog, changes: Changes, model: str) -> None:
+    """What is to be done once changes are applied: what was found damaged is embedded anew."""
+    if changes.damaged:
+        _log.error("stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged))
+        catalog.embed_anew(changes.damaged, model)
+    fault("library.applied")
 
 
 _Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -290,7 +390,8 @@ def _worth_scoring(
     return order[scores[order] >= np.repeat(last, counts) - doubt]
 
 
-def _check(vectors: Embeddings, dim: int) -> None:
+def check_vectors(vectors: Embeddings, dim: int) -> None:
+    """ValueError for vectors of another dimension, or that are not finite and of unit length."""
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise ValueError(f"vectors of shape {vectors.shape}; the index holds {dim} numbers each")
     if len(vectors) and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -26,7 +26,7 @@ from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, St
 from clasp_core.errors import DataDamaged, DataMismatch, InvalidField, StoreUnavailable
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
-from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
+from clasp_core.index import SNAPSHOT_FILE, Among, Grouping, Index, Match, VectorIndex
 from clasp_core.language import canonical_tag
 from clasp_core.limits import FREELY, Admission
 from clasp_core.store import AudioStore, Displaced, FolderStore, Upload
@@ -69,6 +69,10 @@ class Question:
     group_by: Grouping = "recording"
 
 
+SharedIndex: TypeAlias = Callable[[Catalog, str, int], Index]
+"""From the catalogue, the model's fingerprint and its dimension to an index that lies elsewhere."""
+
+
 class Library:
     """Thread-safe; any number of processes may open the same data directory."""
 
@@ -81,13 +85,15 @@ class Library:
         name: str = "",
         database_url: str | None = None,
         new_store: StoreMaker = FaissStore,
+        shared_index: SharedIndex | None = None,
         reindex: bool = False,
         min_free_bytes: int = 0,
         store: AudioStore | None = None,
     ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
-        `new_store` is where the index keeps them; `min_free_bytes` are left on the disk by what arrives.
-        `store` is where the recordings' bytes are, by default a folder of the data directory.
+        `new_store` is where the index keeps them, unless a `shared_index` does; `min_free_bytes` are left on
+        the disk by what arrives. `store` is where the recordings' bytes are, by default a folder of the data
+        directory.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
@@ -101,7 +107,8 @@ class Library:
         self._index_dir = data_dir / "index"
         self._dim = dim
         self._new_store = new_store
-        self._index: VectorIndex | None = None
+        self._shared_index = shared_index
+        self._index: Index | None = None
         self._refreshing = threading.Lock()
         self._saved = (0, "")
         self.observe_refresh: Callable[[Seconds], None] = lambda seconds: None
@@ -235,7 +242,7 @@ class Library:
     def _forget(self, sha256s: Sequence[str]) -> None:
         fault("library.forgotten")
         self._sweep(sha256s)
-        if self._index is not None:
+        if self._index is not None and not self._index.is_shared:
             self.refresh()
         fault("library.deleted")
 
@@ -278,7 +285,7 @@ class Library:
         Raises DataDamaged where the catalogue contradicts itself: no bytes go on the word of such a one.
         """
         self.catalog.database.check()
-        self.catalog.forget_retired()
+        self.forget_retired()
         self.catalog.forget_done()
         self._tidy_store()
 
@@ -309,12 +316,19 @@ class Library:
         for place, question in enumerate(questions):
             alike.setdefault((question.filter, question.group_by), []).append(place)
         for (wanted, group_by), places in alike.items():
-            among = None if wanted == EVERYTHING else self.catalog.matching(wanted)
             limits = [questions[place].limit for place in places]
-            matches = index.search(queries[places], limits, among=among, group_by=group_by)
+            matches = index.search(
+                queries[places], limits, among=self._among(index, wanted), group_by=group_by
+            )
             for place, found in zip(places, matches, strict=True):
                 results[place] = self._hits(found, questions[place])
         return results
+
+    def _among(self, index: Index, wanted: Filter) -> Among | None:
+        if wanted == EVERYTHING:
+            return None
+        collections = wanted.only_collections() if index.is_shared else None
+        return self.catalog.matching(wanted) if collections is None else collections
 
     def _hits(self, matches: Sequence[Match], question: Question) -> list[Hit]:
         recordings = self.catalog.by_key([match.recording for match in matches])
@@ -350,30 +364,23 @@ class Library:
             for rank, match in enumerate(kept, 1)
         ]
 
-    def refresh(self) -> VectorIndex:
-        """The index, brought up to everything the catalogue has committed."""
+    def refresh(self) -> Index:
+        """The index, brought up to everything the catalogue has committed. Raises IndexUnavailable where it
+        is shared and does not answer."""
         with self._refreshing:
             began = time.perf_counter()
             if self._index is None:
-                self._index = VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
+                self._index = self._open_index()
                 self._saved = self._index.point
                 fault("library.loaded")
-            if self._index.point != self.catalog.last_change():
-                if not self.catalog.holds(self._index.point):
-                    # the catalogue was put back to an earlier state, by a restored backup say: start over
-                    self._index = VectorIndex(self._dim, self.model, self._new_store)
-                while changes := self.catalog.changes(
-                    self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
-                ):
-                    self._index.apply(changes)
-                    if changes.damaged:
-                        _log.error(
-                            "stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged)
-                        )
-                        self.catalog.embed_anew(changes.damaged, self.model)
-                    fault("library.applied")
+            if self._index.follow(self.catalog, CHANGES_AT_ONCE):
                 self.observe_refresh(time.perf_counter() - began)
             return self._index
+
+    def _open_index(self) -> Index:
+        if self._shared_index is not None:
+            return self._shared_index(self.catalog, self.model, self._dim)
+        return VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
 
     def indexed(self) -> int:
         """Vectors in the index as it is, which another thread may be bringing up to date."""
@@ -388,7 +395,9 @@ class Library:
 
     def unsaved_changes(self) -> int:
         """Changes of the catalogue in the index that its snapshot lacks."""
-        return 0 if self._index is None else max(0, self._index.seq - self._saved[0])
+        if self._index is None or self._index.is_shared:
+            return 0
+        return max(0, self._index.point[0] - self._saved[0])
 
     def is_current(self) -> bool:
         """Whether the library still has the model it was opened with; false after a switch to another.
@@ -399,12 +408,21 @@ class Library:
         active = self.catalog.active()
         return active is not None and active.fingerprint == self.model
 
+    def forget_retired(self) -> None:
+        """Drop the vectors of models that nobody uses any more, also where the index keeps them. Raises
+        IndexUnavailable where it does not answer."""
+        self.catalog.forget_retired()
+        if self._index is not None:
+            self._index.forget_others(self.catalog.known_models() | {self.model})
+
     def save_index(self) -> None:
         """Write a snapshot, if anything changed since the last, so that the next start is quick.
 
         Not so once the library has another model: the place is that one's.
         """
-        if self._index is not None and self._index.point != self._saved and self.is_current():
+        if self._index is None or self._index.is_shared:
+            return
+        if self._index.point != self._saved and self.is_current():
             point = self._index.point
             self._index.save(self._index_dir)
             self._saved = point

@@ -24,9 +24,6 @@ KUBERNETES = ("1.27", "1.33", "1.37")
 WITHOUT_SCHEMA = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
 """Kinds of operators, which the API's own schemas do not know."""
 
-COMING = {"CLASP_AUDIO_STORE", "CLASP_S3_ENDPOINT", "CLASP_VECTOR_STORE_TOKEN"}
-"""Settings that are deployed before they are there."""
-
 
 def tool(name: str) -> str | None:
     """The path of a program, of this environment before the system's."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import httpx
 import sqlalchemy as sa
 
+from tests.milvus import lite_server
 from tests.object_store import object_store
 from tests.postgres import database_settings
 
@@ -35,10 +36,14 @@ def environment(**settings: object) -> dict[str, str]:
 
 def engines(data_dir: Path) -> dict[str, object]:
     """Settings for the engines that the environment wants the service to be tested with, instead of those
-    that need nothing: CLASP_TEST_DATABASE=postgresql, CLASP_TEST_AUDIO_STORE=s3. The same for the same data
-    directory."""
-    bytes_in_s3 = os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3"
-    return {**database_settings(data_dir), **(object_store().settings(data_dir) if bytes_in_s3 else {})}
+    that need nothing: CLASP_TEST_DATABASE=postgresql, CLASP_TEST_VECTOR_STORE=milvus and
+    CLASP_TEST_AUDIO_STORE=s3. The same for the same data directory."""
+    chosen = database_settings(data_dir)
+    if os.environ.get("CLASP_TEST_VECTOR_STORE") == "milvus":
+        chosen["vector_store"] = f"milvus:{lite_server()}"
+    if os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3":
+        chosen |= object_store().settings(data_dir)
+    return chosen
 
 
 def sql(data_dir: Path, statement: str, **values: object) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from app.settings import Settings
-from tests.deploy_check import CHART, COMING, DEPLOY, VALUES, rendered_chart, tool
+from tests.deploy_check import CHART, DEPLOY, VALUES, rendered_chart, tool
 from tests.service import ROOT
 
 HELM = tool("helm")
@@ -114,6 +114,6 @@ def test_the_chart_has_the_one_file_of_alerts() -> None:
 
 def test_settings_that_the_chart_names_exist() -> None:
     """A setting that is misspelt in a deployment is silently not there."""
-    known = {f"CLASP_{name.upper()}" for name in Settings.model_fields} | COMING
+    known = {f"CLASP_{name.upper()}" for name in Settings.model_fields}
     for path in sorted((CHART / "templates").iterdir()):
         assert set(re.findall(r"- name: (CLASP_[A-Z0-9_]+)", path.read_text())) <= known, path

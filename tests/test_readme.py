@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy_check import COMING
 from tests.service import RunningService
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +112,7 @@ def test_compose_and_dockerfile_agree_with_the_service() -> None:
     settings = {f"CLASP_{name.upper()}" for name in Settings.model_fields} | {"HF_ENDPOINT"}
     for service in compose["services"].values():
         if "build" in service:
-            assert set(service["environment"]) <= settings | COMING | {"AWS_DEFAULT_REGION"}
+            assert set(service["environment"]) <= settings | {"AWS_DEFAULT_REGION"}
     cpu, gpu = compose["services"]["clasp"], compose["services"]["clasp-gpu"]
     assert cpu["volumes"] == ["index_data:/data"]
     assert gpu["environment"]["CLASP_MODEL"] == "${CLASP_GPU_MODEL:-paper}"

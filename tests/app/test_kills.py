@@ -82,7 +82,9 @@ def test_every_point_is_killed_at() -> None:
         for point in re.findall(r'\bfault\("([^"]+)"\)', path.read_text())
     ]
     assert sorted(passed) == sorted(POINTS)
-    assert {point for _, point in EVERYWHERE + EVERYWHERE_IN_S3} == POINTS.keys()
+    # at those of Milvus, in tests/core/test_milvus.py
+    elsewhere = {point for point in POINTS if point.startswith("milvus.")}
+    assert {point for _, point in EVERYWHERE + EVERYWHERE_IN_S3} == POINTS.keys() - elsewhere
 
 
 def test_nothing_is_armed_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

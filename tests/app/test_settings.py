@@ -16,7 +16,8 @@ ODD = {
     "database_url": "postgresql://u:p%40ss@host/db?x=1#y",
     "audio_store": "s3://bucket/some/prefix",
     "s3_endpoint": "http://[::1]:9000",
-    "vector_store": "torch",
+    "vector_store": "milvus:http://u:p%40ss@host:19530",
+    "vector_store_token": "root:p,a=s's",
     "vector_store_half": True,
     "device": "cpu",
     "threads": 3,
@@ -119,6 +120,7 @@ def test_the_hub_s_own_setting_is_honoured(monkeypatch: pytest.MonkeyPatch) -> N
         ("device", "tpu"),
         ("log_level", "loud"),
         ("vector_store", "redis"),
+        ("vector_store", "milvus:secret@host"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
