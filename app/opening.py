@@ -6,7 +6,7 @@ from app.settings import Settings
 from clasp_core.catalog import Catalog
 from clasp_core.library import Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
-from clasp_core.vectors import store_for
+from clasp_core.scaling import scaling_for
 
 
 def open_configured_model(settings: Settings, name: str | None = None) -> Model:
@@ -29,7 +29,16 @@ def open_configured_library(
         dim=model.dim,
         name=_lasting_name(model.name),
         database_url=settings.database_url,
-        new_store=store_for(settings.vector_store, settings.device, half=settings.vector_store_half),
+        scaling=scaling_for(
+            settings.vector_store,
+            settings.device,
+            kind=settings.vector_index,
+            half_mirror=settings.vector_store_half,
+            floor=settings.recall_floor,
+            flat_up_to=settings.flat_up_to,
+            half_up_to=settings.half_up_to,
+            mapped=settings.index_mmap,
+        ),
         reindex=reindex,
         min_free_bytes=settings.min_free_bytes,
     )

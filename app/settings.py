@@ -38,6 +38,17 @@ class Settings(BaseSettings):
     """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
     vector_store_half: bool = False
     """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
+    vector_index: Literal["auto", "flat", "half", "ivf"] = "auto"
+    """How the index keeps vectors: float32, float16, or float16 in lists of which some are searched; `auto`
+    goes by their number."""
+    flat_up_to: Annotated[int, Field(ge=0)] = 200_000
+    """Vectors up to which `auto` is flat; a filter that leaves so many is searched exactly in any case."""
+    half_up_to: Annotated[int, Field(ge=0)] = 400_000
+    """Vectors up to which `auto` is half; beyond, ivf."""
+    recall_floor: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Least share of the ten best recordings that ivf finds; so many lists are searched as that takes."""
+    index_mmap: bool = False
+    """Whether the index's snapshot is mapped and not read: processes on one machine then share its memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run and vectors are searched; `auto` takes a GPU where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0

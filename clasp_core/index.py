@@ -7,7 +7,7 @@ stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +21,12 @@ from clasp_core.catalog import Changes
 from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.faults import fault
+from clasp_core.ivf import ON_THE_CPU, GivenUp, IvfStore, Recall, Wanted, fewest_probes
 from clasp_core.types import Embeddings
-from clasp_core.vectors import FaissStore, Mask, StoreMaker
+from clasp_core.vectors import FaissStore, Kind, MappedStore, Mask, StoreMaker
 
+_READ_AT_ONCE = 5000
+"""Vectors read from the catalogue in one go."""
 _ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
 
@@ -33,6 +36,18 @@ Grouping: TypeAlias = Literal["recording", "segment"]
 
 SNAPSHOT_FILE = "manifest.json"
 """What is written last of a snapshot."""
+_FORMAT = 2
+"""Format 1 had no kind: all were flat."""
+
+_QUESTIONS = 200
+"""Recall is measured by so many questions, and confirmed by as many others."""
+_FAR = 0.8
+"""How far a question is from what it asks for: it is a stored vector and a random one of this length, at unit
+length again. Texts are about that far from speech (the modality gap of `mini`: cosines of 0.5 to 0.8)."""
+
+Reader: TypeAlias = Callable[[Sequence[tuple[int, int]]], Mapping[tuple[int, int], NDArray[np.float32]]]
+"""From segments (recording key, ordinal) to their vectors, bit for bit as they were added, of those that are
+still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,23 @@ class Snapshot:
     model: str
     seq: int
     token: str
+    kind: Kind = "flat"
+    recall: Recall | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Snapshot":
+        """As the manifest says. Raises OSError, ValueError, TypeError or RuntimeError for what is none."""
+        said = json.loads((folder / SNAPSHOT_FILE).read_text())
+        if not isinstance(said, dict):
+            raise ValueError("a manifest is an object")
+        recall = said.pop("recall", None)
+        return cls(**said, recall=None if recall is None else Recall(**recall))
+
+    def is_of(self, dim: int, model: str) -> bool:
+        """Whether it is of that model and can be read here."""
+        known = self.format == _FORMAT or (self.format == 1 and self.kind == "flat")
+        of = (self.dim, self.model) == (dim, model)
+        return known and of and self.file == _file_name(self.seq, self.token, self.kind)
 
 
 class _Saving(Exception):
@@ -66,17 +98,32 @@ class _Saving(Exception):
 
 
 class VectorIndex:
-    """Exact cosine search over unit vectors. Thread-safe: many searches, or one change.
+    """Cosine search over unit vectors. Thread-safe: many searches, or one change.
 
-    The stores are not: FAISS searched during an addition crashes the process, hence the lock.
+    The stores are not: FAISS searched during an addition crashes the process, hence the lock. Every score is
+    exact; so is which recordings are found, unless the store is an `IvfStore`, for which see `calibrate`.
     """
 
-    def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
+    def __init__(
+        self,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        kind: Kind = "flat",
+        read: Reader | None = None,
+    ) -> None:
+        """`kind` is what a snapshot says of the store. `read` gives the vectors where the store has rounded
+        ones only; what it does not have any more is not found. Without it scores are of the rounded ones."""
         self.dim = dim
         self.model = model
+        self.kind = kind
         self.point = (0, "")
         """The last change of the catalogue, by number and token, that this replica has."""
         self._store = new_store(dim)
+        self._read = read
+        self.file: str | None = None
+        """The name of the snapshot that it was loaded from."""
         self._recordings: set[int] = set()
         self._lock = RWLockWrite()
 
@@ -195,6 +242,7 @@ class VectorIndex:
         places = places[scores >= cutoff - doubt]
         exact = self._exact(query, places)
         last = sorted(exact, reverse=True)[:limit][-1] if exact else 0.0
+        last = max(last, np.finfo(np.float64).min)  # -inf is no score
         return [
             Match(number >> _ORDINAL_BITS, score, ((number & ((1 << _ORDINAL_BITS) - 1), score),), size)
             for number, score in zip(self._store.numbers[places].tolist(), exact, strict=True)
@@ -202,10 +250,18 @@ class VectorIndex:
         ]
 
     def _exact(self, query: NDArray[np.float32], places: NDArray[np.int64]) -> list[float]:
-        """Scores; each row by itself, so that equal vectors get equal scores wherever they lie."""
-        products = self._store.rows(places).astype(np.float64) * query.astype(np.float64)
-        scores: list[float] = products.sum(axis=1).tolist()
+        """Scores; each row by itself, so that equal vectors get equal scores wherever they lie. -inf for what
+        the catalogue does not have any more."""
+        rows, there = self._rows(places)
+        products = rows.astype(np.float64) * query.astype(np.float64)
+        scores: list[float] = np.where(there, products.sum(axis=1), -np.inf).tolist()
         return scores
+
+    def _rows(self, places: NDArray[np.int64]) -> tuple[Embeddings, Mask]:
+        """The vectors (n, dim) at these places as they were added, and which of them are there (n,)."""
+        if self._store.exact or self._read is None:
+            return self._store.rows(places), np.ones(len(places), np.bool_)
+        return read_rows(self._read, self._store.numbers[places], self.dim)
 
     def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""
@@ -217,6 +273,64 @@ class VectorIndex:
         for row_scores, row_places, depth in zip(scores, places, depths, strict=True):
             yield row_scores[:depth].astype(np.float64), row_places[:depth]
 
+    # --- recall
+
+    @property
+    def recall(self) -> Recall | None:
+        """What was measured last of a store that does not look at everything; None of others."""
+        lists = self._lists()
+        return None if lists is None else lists.recall
+
+    def _lists(self) -> IvfStore | None:
+        store = self._store.base if isinstance(self._store, MappedStore) else self._store
+        return store if isinstance(store, IvfStore) else None
+
+    @property
+    def lists(self) -> int:
+        """How many lists the vectors are in; 1 where all are looked at."""
+        lists = self._lists()
+        return 1 if lists is None else lists.lists
+
+    @property
+    def changed(self) -> int | None:
+        """How many vectors differ from the snapshot that is mapped; None where none is."""
+        return self._store.changed if isinstance(self._store, MappedStore) else None
+
+    def drawn(self, count: int) -> NDArray[np.int64]:
+        """The numbers of some segments, `count` at most, each as likely as any other."""
+        with self._lock.gen_rlock():
+            numbers = self._store.numbers
+            return np.random.default_rng().choice(numbers, min(count, len(numbers)), replace=False)
+
+    def calibrate(self, floor: float, given_up: Wanted = lambda: False) -> None:
+        """Have so many lists looked at that `floor` of the ten best recordings are found: measured by vectors
+        drawn from the index as questions (`_FAR`), one at a time, so that searches and changes go on between.
+
+        Where that cannot be measured, all are looked at. Raises GivenUp soon after that is so.
+        """
+        lists = self._lists()
+        if lists is None:
+            return
+        chance = np.random.default_rng()
+        vectors = read_vectors(self._read, self.drawn(2 * _QUESTIONS), self.dim)
+        chance.shuffle(vectors)
+        aside = chance.standard_normal(vectors.shape).astype(np.float32)
+        questions = vectors + _FAR * aside / np.linalg.norm(aside, axis=1, keepdims=True)
+        questions /= np.linalg.norm(questions, axis=1, keepdims=True)
+        needed = []
+        for question in questions:
+            if given_up():
+                raise GivenUp
+            with self._lock.gen_rlock():
+                if len(lists.numbers):
+                    needed.append(lists.probes_needed(question, lists.numbers >> _ORDINAL_BITS))
+        half, count = len(needed) // 2, len(lists.numbers)
+        recall = Recall(1.0, 1.0, lists.lists, count)
+        if half:
+            recall = fewest_probes(needed[:half], needed[half:], floor, lists=lists.lists, count=count)
+        with self._lock.gen_wlock():
+            lists.recall, lists.probes = recall, recall.probes
+
     # --- the snapshot
 
     def save(self, folder: Path) -> None:
@@ -227,15 +341,25 @@ class VectorIndex:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "saving").touch()
         with suppress(_Saving), locked(folder / "saving", _Saving()):
-            with suppress(OSError, ValueError, LookupError):  # what kills left here must not add up
-                _remove_all_but(json.loads((folder / SNAPSHOT_FILE).read_text())["file"], folder)
+            # what kills left here must not add up
+            with suppress(OSError, ValueError, TypeError, RuntimeError):
+                _remove_all_but(Snapshot.read(folder).file, folder)
             temporary = folder / "saving.faiss"
             try:
                 with self._lock.gen_rlock():
-                    name = _file_name(*self.point)
+                    name = _file_name(*self.point, self.kind)
                     self._store.write(temporary)
                     snapshot = Snapshot(
-                        1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
+                        format=_FORMAT,
+                        file=name,
+                        sha256=sha256_of(temporary),
+                        count=len(self),
+                        dim=self.dim,
+                        model=self.model,
+                        seq=self.point[0],
+                        token=self.point[1],
+                        kind=self.kind,
+                        recall=self.recall,
                     )
                 fault("index.written")
                 place(temporary, folder / name)
@@ -250,27 +374,57 @@ class VectorIndex:
             fault("index.saved")
 
     @classmethod
-    def load(cls, folder: Path, dim: int, model: str, new_store: StoreMaker = FaissStore) -> "VectorIndex":
+    def load(
+        cls,
+        folder: Path,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        others: Mapping[Kind, StoreMaker] = ON_THE_CPU,
+        read: Reader | None = None,
+    ) -> "VectorIndex":
         """The saved index, whatever store saved it; an empty one (to be filled from the catalogue) where
-        none can be trusted."""
-        index = cls(dim, model, new_store)
-        with suppress(OSError, ValueError, TypeError, RuntimeError):
-            snapshot = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
-            if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
-                return index
-            if snapshot.file != _file_name(snapshot.seq, snapshot.token):
-                return index
+        none can be trusted. `new_store` makes its store where that is flat, `others` where it is not."""
+        with suppress(OSError, ValueError, TypeError, LookupError, RuntimeError):
+            snapshot = Snapshot.read(folder)
             path = folder / snapshot.file
-            if sha256_of(path) != snapshot.sha256:
-                return index
-            store = new_store(dim)
-            store.read(path)
-            if len(store.numbers) != snapshot.count:
-                return index
-            index._store = store
-            index._recordings = set(np.unique(store.numbers >> _ORDINAL_BITS).tolist())
-            index.point = (snapshot.seq, snapshot.token)
-        return index
+            if snapshot.is_of(dim, model) and sha256_of(path) == snapshot.sha256:
+                makers = {**others, "flat": new_store}
+                index = cls(dim, model, makers[snapshot.kind], kind=snapshot.kind, read=read)
+                index._store.read(path)
+                if len(index) == snapshot.count:
+                    if (lists := index._lists()) is not None:
+                        lists.recall = snapshot.recall
+                    index._recordings = set(np.unique(index._store.numbers >> _ORDINAL_BITS).tolist())
+                    index.point = (snapshot.seq, snapshot.token)
+                    index.file = snapshot.file
+                    return index
+        return cls(dim, model, new_store, read=read)
+
+
+def read_vectors(read: Reader | None, numbers: NDArray[np.int64], dim: int) -> Embeddings:
+    """The vectors of these segments that are there, in the order of their numbers; none without a reader."""
+    numbers = np.sort(numbers)
+    parts = [np.empty((0, dim), np.float32)]
+    for start in range(0, len(numbers) if read is not None else 0, _READ_AT_ONCE):
+        assert read is not None
+        rows, there = read_rows(read, numbers[start : start + _READ_AT_ONCE], dim)
+        parts.append(rows[there])
+    return np.concatenate(parts)
+
+
+def read_rows(read: Reader, numbers: NDArray[np.int64], dim: int) -> tuple[Embeddings, Mask]:
+    """The vectors of these segments (n, dim), and which of them are there (n,); the others are zeros."""
+    rows = np.zeros((len(numbers), dim), np.float32)
+    there = np.zeros(len(numbers), np.bool_)
+    named = [(number >> _ORDINAL_BITS, number & ((1 << _ORDINAL_BITS) - 1)) for number in numbers.tolist()]
+    found = read(named)
+    for row, name in enumerate(named):
+        vector = found.get(name)
+        if vector is not None and len(vector) == dim:
+            rows[row], there[row] = vector, True
+    return rows, there
 
 
 _Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -303,6 +457,7 @@ def _remove_all_but(name: str, folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _file_name(seq: int, token: str) -> str:
-    """A snapshot's name repeats its point, so that a damaged manifest contradicts itself."""
-    return f"vectors-{seq:d}-{token}.faiss"
+def _file_name(seq: int, token: str, kind: Kind) -> str:
+    """A snapshot's name repeats its point and its kind, so that a damaged manifest contradicts itself, and
+    what is made anew as another kind does not take the place of what the manifest still means."""
+    return f"vectors-{seq:d}-{token}.faiss" if kind == "flat" else f"vectors-{seq:d}-{token}-{kind}.faiss"

@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,12 +25,14 @@ from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, St
 from clasp_core.errors import DataDamaged, DataMismatch, DiskFull, InvalidField
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
-from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
+from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, Snapshot, VectorIndex
+from clasp_core.ivf import GivenUp, Wanted
 from clasp_core.language import canonical_tag
 from clasp_core.limits import FREELY, Admission
+from clasp_core.scaling import BY_SIZE, Scaling, made_aside
 from clasp_core.store import AudioStore, Upload
 from clasp_core.types import Embeddings, Seconds, SegmentHit
-from clasp_core.vectors import FaissStore, StoreMaker
+from clasp_core.vectors import StoreMaker
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ CHANGES_AT_ONCE = 500
 DELETED_AT_ONCE = 200
 """Few enough for others, who wait to write meanwhile, not to notice."""
 MAX_HITS = 1000
+MAPPED_CHANGES = 1000
+"""Fewer vectors, and fewer than a twentieth, are not worth a new snapshot where it is mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +81,14 @@ class Library:
         dim: int,
         name: str = "",
         database_url: str | None = None,
-        new_store: StoreMaker = FaissStore,
+        new_store: StoreMaker | None = None,
+        scaling: Scaling = BY_SIZE,
         reindex: bool = False,
         min_free_bytes: int = 0,
     ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
-        `new_store` is where the index keeps them; `min_free_bytes` are left on the disk by what arrives.
+        `scaling` says where the index keeps them, and `new_store` where it does while it is flat;
+        `min_free_bytes` are left on the disk by what arrives.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
@@ -92,7 +99,8 @@ class Library:
         self.store = AudioStore(data_dir / AUDIO_FOLDER, min_free_bytes)
         self._index_dir = data_dir / "index"
         self._dim = dim
-        self._new_store = new_store
+        self._scaling = scaling if new_store is None else replace(scaling, flat=new_store)
+        self._read = partial(self.catalog.vectors, model=model)
         self._index: VectorIndex | None = None
         self._refreshing = threading.Lock()
         self._saved = (0, "")
@@ -304,25 +312,91 @@ class Library:
         with self._refreshing:
             began = time.perf_counter()
             if self._index is None:
-                self._index = VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
+                self._index = self._loaded()
                 self._saved = self._index.point
                 fault("library.loaded")
             if self._index.point != self.catalog.last_change():
                 if not self.catalog.holds(self._index.point):
                     # the catalogue was put back to an earlier state, by a restored backup say: start over
-                    self._index = VectorIndex(self._dim, self.model, self._new_store)
-                while changes := self.catalog.changes(
-                    self._index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
-                ):
-                    self._index.apply(changes)
-                    if changes.damaged:
-                        _log.error(
-                            "stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged)
-                        )
-                        self.catalog.embed_anew(changes.damaged, self.model)
-                    fault("library.applied")
+                    self._index = VectorIndex(self._dim, self.model, self._scaling.flat, read=self._read)
+                self._follow(self._index)
                 self.observe_refresh(time.perf_counter() - began)
             return self._index
+
+    def _loaded(self) -> VectorIndex:
+        loaders = self._scaling.loaders
+        return VectorIndex.load(
+            self._index_dir, self._dim, self.model, loaders["flat"], others=loaders, read=self._read
+        )
+
+    def _follow(self, index: VectorIndex, given_up: Wanted = lambda: False) -> None:
+        """Bring an index up to everything the catalogue has committed. Raises GivenUp."""
+        while changes := self.catalog.changes(
+            index.seq, limit=CHANGES_AT_ONCE, model=self.model, dim=self._dim
+        ):
+            if given_up():
+                raise GivenUp
+            index.apply(changes)
+            if changes.damaged:
+                _log.error("stored vectors are damaged; %d wait to be embedded anew", len(changes.damaged))
+                self.catalog.embed_anew(changes.damaged, self.model)
+            fault("library.applied")
+
+    def rescale(self, given_up: Wanted = lambda: False) -> None:
+        """Have the index of the kind that its size wants (`Scaling`), and its recall measured.
+
+        Another index is made while the one there is answers and follows, and takes its place at once when it
+        has everything. Takes minutes where there is something to do; for one thread. Raises GivenUp soon
+        after that is so, and nothing has changed then.
+        """
+        index, scaling = self.refresh(), self._scaling
+        began = time.perf_counter()
+        if not self.is_current():
+            return
+        if (snapshot := self._newer_snapshot(index)) is not None:
+            another = self._loaded()
+            if another.file == snapshot.file:
+                self._exchange(index, another, given_up)
+                self._saved = (snapshot.seq, snapshot.token)
+        elif scaling.wants_another(index):
+            another = made_aside(index, scaling, self._read, self._follow, given_up)
+            fault("library.made_aside")
+            self._exchange(index, another, given_up)
+            self._saved = (0, "")  # the snapshot is of the other kind
+        elif scaling.wants_measuring(index):
+            index.calibrate(scaling.floor, given_up)
+        else:
+            return
+        index = self.refresh()
+        _log.info(
+            "the index is %s now: %d vectors, %s, %.1f s",
+            index.kind,
+            len(index),
+            "all are looked at" if index.recall is None else index.recall,
+            time.perf_counter() - began,
+        )
+
+    def _exchange(self, index: VectorIndex, another: VectorIndex, given_up: Wanted) -> None:
+        """Put another in the place of the index, if that is still there."""
+        self._follow(another, given_up)
+        with self._refreshing:
+            if self._index is index and self.catalog.holds(another.point):
+                self._follow(another, given_up)
+                self._index = another
+
+    def _newer_snapshot(self, index: VectorIndex) -> Snapshot | None:
+        """What another process, or this one, has saved since, where snapshots are mapped: most of what this
+        index has in memory lies there, for all of them."""
+        if not self._scaling.mapped:
+            return None
+        try:
+            snapshot = Snapshot.read(self._index_dir)
+        except (OSError, ValueError, TypeError, RuntimeError):
+            return None
+        wanted = snapshot.kind == self._scaling.wanted(len(index), index.kind)
+        if snapshot.file == index.file or not wanted or not snapshot.is_of(self._dim, self.model):
+            return None
+        return snapshot if self.catalog.holds((snapshot.seq, snapshot.token)) else None
 
     def indexed(self) -> int:
         """Vectors in the index as it is, which another thread may be bringing up to date."""
@@ -348,14 +422,27 @@ class Library:
         active = self.catalog.active()
         return active is not None and active.fingerprint == self.model
 
+    def index_kind(self) -> tuple[str, float, int]:
+        """The kind of the index; its measured recall at ten, 1 where everything is looked at; in how many
+        lists it looks."""
+        index = self._index
+        recall = None if index is None else index.recall
+        kind = "flat" if index is None else index.kind
+        return (kind, 1.0, 1) if recall is None else (kind, recall.share, recall.probes)
+
     def save_index(self) -> None:
         """Write a snapshot, if anything changed since the last, so that the next start is quick.
 
-        Not so once the library has another model: the place is that one's.
+        Not so once the library has another model: the place is that one's. Where snapshots are mapped, not
+        for a few changes either: each is a file that all who map it have to read anew.
         """
-        if self._index is not None and self._index.point != self._saved and self.is_current():
-            point = self._index.point
-            self._index.save(self._index_dir)
+        index = self._index
+        if index is None or index.point == self._saved or not self.is_current():
+            return
+        few = index.changed is not None and index.changed < max(MAPPED_CHANGES, len(index) // 20)
+        if self._newer_snapshot(index) is None and not (few and index.file is not None):
+            point = index.point
+            index.save(self._index_dir)
             self._saved = point
 
 

@@ -49,8 +49,26 @@ def changes(seq: int, recordings: Contents, gone: Iterable[int] = (), dim: int =
     )
 
 
+class Told(VectorIndex):
+    """An index beside a catalogue, which here is a dictionary of what it was given."""
+
+    def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
+        self.kept: dict[tuple[int, int], NDArray[np.float32]] = {}
+        super().__init__(dim, model, new_store, read=self._kept)
+
+    def _kept(self, segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
+        return {segment: self.kept[segment] for segment in segments if segment in self.kept}
+
+    def apply(self, changes: Changes) -> None:
+        super().apply(changes)
+        named = zip(changes.owners.tolist(), changes.ordinals.tolist(), strict=True)
+        now = dict(zip(named, changes.vectors, strict=True))
+        others = {name: row for name, row in self.kept.items() if name[0] not in changes.recordings}
+        self.kept = others | now  # at once: others search meanwhile
+
+
 def filled(recordings: Contents, seq: int = 1, new_store: StoreMaker = FaissStore) -> VectorIndex:
-    index = VectorIndex(len(next(iter(recordings.values()))[0]), MODEL, new_store)
+    index = Told(len(next(iter(recordings.values()))[0]), MODEL, new_store)
     index.apply(changes(seq, recordings))
     return index
 
@@ -146,7 +164,7 @@ def test_it_finds_what_the_slow_search_finds(
 ) -> None:
     """Whatever was added, replaced and removed before, however many cosines are the same: the right
     recordings, in full where they tie, with the right scores and segments. Anything less is a hit lost."""
-    index = VectorIndex(4, MODEL, new_store)
+    index = Told(4, MODEL, new_store)
     recordings: dict[int, Embeddings] = {}
     for seq, update in enumerate(history, 1):
         now = {key: POOL[chosen] for key, chosen in update.items() if chosen}
@@ -197,7 +215,7 @@ def test_one_recording_of_a_thousand_close_segments_hides_no_other(new_store: St
 
 def test_a_search_for_nothing_or_in_nothing_is_empty(new_store: StoreMaker) -> None:
     """A fresh library answers; so does a filter that nobody passes."""
-    index = VectorIndex(4, MODEL, new_store)
+    index = Told(4, MODEL, new_store)
     assert index.search(POOL[:2], [10, 10]) == [[], []]
     assert index.search(POOL[:0], []) == []
     index.apply(changes(1, {1: POOL}))
@@ -387,7 +405,7 @@ def test_every_store_goes_on_from_every_other_s_snapshot(
 
 def test_an_empty_index_can_be_saved(tmp_path: Path, new_store: StoreMaker) -> None:
     """A library from which all was deleted has a history, too, and need not read it again."""
-    index = VectorIndex(DIM, MODEL, new_store)
+    index = Told(DIM, MODEL, new_store)
     index.apply(changes(9, {}, gone=[1]))
     index.save(tmp_path)
     again = VectorIndex.load(tmp_path, DIM, MODEL, new_store)
@@ -436,7 +454,12 @@ DAMAGES: dict[str, Damage] = {
     ),
     "model": manifest_with(model="another model"),
     "dimension": manifest_with(dim=DIM + 1),
-    "format": manifest_with(format=2),
+    "format": manifest_with(format=3),
+    "kind": manifest_with(kind="half"),
+    "unknown kind": manifest_with(kind="quarter"),
+    "kind of another type": manifest_with(kind=["flat"]),
+    "format before kinds": manifest_with(format=1, kind="half"),
+    "recall of nothing": manifest_with(recall={}),
     "count": manifest_with(count=3),
     "checksum": manifest_with(sha256="0" * 64),
     "newer": manifest_with(seq=SEQ + 1),

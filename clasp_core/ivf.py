@@ -1,0 +1,296 @@
+"""A store of vectors in lists, of which a search looks at the most promising only: for libraries beyond what
+can be looked at whole for every question.
+
+What it looks at is judged as in every other store, so all scores are right; what it does not look at may be
+missing. How many lists are enough is not guessed but measured (`Recall`), by the index that holds the store.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from clasp_core.types import Embeddings
+from clasp_core.vectors import HalfStore, Kind, Mask, Neighbours, StoreMaker, noise_of
+
+RECALL_AT = 10
+"""Recall is of the ten best recordings."""
+DEPTH = 4 * RECALL_AT + 16
+"""How many segments an index first looks for where ten recordings are asked for."""
+SAMPLE_PER_LIST = 40
+"""Vectors to train by for each list; FAISS warns below 39."""
+_ROUNDS = 6
+_AT_ONCE = 4096
+_CONFIDENCE = 2.0
+"""Standard errors below the mean at which recall must still reach the floor: true in 39 cases of 40."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """What was measured: the share of the ten best recordings that is found with so many lists probed; what
+    it is at least, with the confidence above; and how many vectors there were then."""
+
+    share: float
+    at_least: float
+    probes: int
+    count: int
+
+
+class GivenUp(Exception):
+    """Nobody wants the result any more."""
+
+
+Wanted = Callable[[], bool]
+
+
+def lists_for(count: int) -> int:
+    """Into how many lists so many vectors go: 4 x sqrt(count)."""
+    return max(1, round(4 * math.sqrt(count)))
+
+
+def train(sample: Embeddings, lists: int, given_up: Wanted = lambda: False) -> Embeddings:
+    """Unit centres (lists, dim) of a sample of at least as many unit vectors, by spherical k-means.
+
+    Ours and not FAISS's, because that one can neither be interrupted nor be told how much memory to take.
+    Raises GivenUp soon after that is so.
+    """
+    chance = np.random.default_rng(0)
+    centres = sample[chance.choice(len(sample), lists, replace=False)]
+    for _ in range(_ROUNDS):
+        quantizer = faiss.IndexFlatIP(sample.shape[1])
+        quantizer.add(centres)
+        sums = np.zeros(centres.shape, np.float64)
+        counts = np.zeros(lists, np.int64)
+        for start in range(0, len(sample), _AT_ONCE):
+            if given_up():
+                raise GivenUp
+            part = sample[start : start + _AT_ONCE]
+            nearest = quantizer.search(part, 1)[1][:, 0]
+            order = np.argsort(nearest, kind="stable")
+            owners, firsts = np.unique(nearest[order], return_index=True)
+            sums[owners] += np.add.reduceat(part[order], firsts, axis=0)
+            counts += np.bincount(nearest, minlength=lists)
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        empty = lengths[:, 0] < 1e-6
+        centres = (sums / np.maximum(lengths, 1e-6)).astype(np.float32)
+        centres[empty] = sample[chance.choice(len(sample), int(empty.sum()), replace=False)]
+    return centres
+
+
+class IvfStore:
+    """FAISS's inverted lists, 16 bits a number, in memory. Without centres it has one list.
+
+    Until `probes` is set every search looks at every list. A search of what a filter leaves looks at as many
+    vectors that pass as one without a filter does, in however many lists they are; where no more than
+    `exhaustive_up_to` are left, at all of them.
+    """
+
+    exact = False
+
+    def __init__(
+        self, dim: int, *, centres: Embeddings | None = None, exhaustive_up_to: int = 200_000
+    ) -> None:
+        self.noise = noise_of(dim, half=True)
+        self.recall: Recall | None = None
+        """What was measured last."""
+        self._dim = dim
+        self._exhaustive_up_to = exhaustive_up_to
+        self._centres = np.eye(1, dim, dtype=np.float32) if centres is None else centres
+        quantizer = faiss.IndexFlatIP(dim)
+        quantizer.add(self._centres)
+        self._faiss = faiss.IndexIVFScalarQuantizer(
+            quantizer,
+            dim,
+            len(self._centres),
+            faiss.ScalarQuantizer.QT_fp16,
+            faiss.METRIC_INNER_PRODUCT,
+            False,  # not the difference to the centre, whose rounding would be another
+        )
+        self._faiss.is_trained = True  # 16 bits need no training, and the centres are there
+        self._faiss.nprobe = self.lists
+        self._numbers = np.empty(0, np.int64)
+        self._serials = np.empty(0, np.int64)
+        """By place: what the vector is called in FAISS. Ascending, and none comes twice."""
+        self._list_of = np.empty(0, np.int32)
+        """By place: which list the vector is in."""
+
+    @property
+    def lists(self) -> int:
+        return len(self._centres)
+
+    @property
+    def probes(self) -> int:
+        """How many lists a search for ten recordings looks at; it is written and read with the vectors."""
+        return int(self._faiss.nprobe)
+
+    @probes.setter
+    def probes(self, probes: int) -> None:
+        self._faiss.nprobe = min(max(1, probes), self.lists)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        return self._numbers
+
+    def add(self, numbers: NDArray[np.int64], vectors: Embeddings) -> None:
+        first = int(self._serials[-1]) + 1 if len(self._serials) else 0
+        serials = np.arange(first, first + len(numbers))
+        lists = self._faiss.quantizer.search(vectors, 1)[1] if len(numbers) else np.empty((0, 1), np.int64)
+        self._faiss.add_core(
+            len(numbers),
+            faiss.swig_ptr(np.ascontiguousarray(vectors)),
+            faiss.swig_ptr(serials),
+            faiss.swig_ptr(np.ascontiguousarray(lists[:, 0])),
+        )
+        self._numbers = np.concatenate([self._numbers, numbers])
+        self._serials = np.concatenate([self._serials, serials])
+        self._list_of = np.concatenate([self._list_of, lists[:, 0].astype(np.int32)])
+
+    def remove(self, gone: Mask) -> None:
+        self._faiss.remove_ids(_Chosen(self._serials[gone]).selector)
+        self._numbers, self._serials = self._numbers[~gone], self._serials[~gone]
+        self._list_of = self._list_of[~gone]
+
+    def nearest(self, queries: Embeddings, count: int, among: Mask | None = None) -> Neighbours:
+        passing = len(self._numbers) if among is None else int(np.count_nonzero(among))
+        few = among is not None and passing <= self._exhaustive_up_to
+        if few or self.probes == self.lists or count == passing:
+            return self.nearest_of_all(queries, count, among)
+        # lists in the order in which each query looks at them, and how many candidates it has seen by each
+        order = self._order(queries)
+        inside = self._list_of if among is None else self._list_of[among]
+        seen = np.cumsum(np.bincount(inside, minlength=self.lists)[order], axis=1)
+        deeper = max(1.0, count / DEPTH)
+        least = count if among is None else max(count, deeper * self.probes * len(self._numbers) / self.lists)
+        needed = 1 + np.argmax(seen >= min(least, passing), axis=1)
+        probes = np.maximum(needed, min(self.lists, math.ceil(deeper * self.probes)))
+        order = order[:, : int(probes.max())]
+        order[np.arange(order.shape[1]) >= probes[:, None]] = -1
+        return self._search(queries, count, among, order)
+
+    def nearest_of_all(self, queries: Embeddings, count: int, among: Mask | None = None) -> Neighbours:
+        """As `nearest`, looking at every list."""
+        order = np.broadcast_to(np.arange(self.lists), (len(queries), self.lists))
+        return self._search(queries, count, among, order)
+
+    def _search(
+        self, queries: Embeddings, count: int, among: Mask | None, lists: NDArray[np.int64]
+    ) -> Neighbours:
+        """What is nearest in each query's own lists (queries, most); -1 stands for none."""
+        scores = np.empty((len(queries), count), np.float32)
+        serials = np.empty((len(queries), count), np.int64)
+        queries, lists = np.ascontiguousarray(queries), np.ascontiguousarray(lists)
+        distances = np.zeros(lists.shape, np.float32)
+        chosen = None if among is None else _Chosen(self._serials[among])
+        settings = faiss.SearchParametersIVF(
+            nprobe=lists.shape[1], sel=None if chosen is None else chosen.selector
+        )
+        arrays = [faiss.swig_ptr(array) for array in (lists, distances, scores, serials)]
+        self._faiss.search_preassigned_c(
+            len(queries), faiss.swig_ptr(queries), count, *arrays, False, settings
+        )
+        return scores, np.searchsorted(self._serials, serials)
+
+    def _order(self, queries: Embeddings) -> NDArray[np.int64]:
+        """The lists (queries, lists), the most promising first."""
+        return np.argsort(-(queries @ self._centres.T), axis=1, kind="stable")
+
+    def probes_needed(self, query: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many lists must be probed to find each of the ten best recordings: up to ten numbers.
+
+        `owners` says whose each place is. A recording counts as found with the list that its best segment
+        is in, so that recall by these is not above what a search has.
+        """
+        count = min(DEPTH, len(self._numbers))
+        while True:
+            places = self.nearest_of_all(query[None], count)[1][0]
+            best = np.sort(np.unique(owners[places], return_index=True)[1])[:RECALL_AT]
+            if len(best) == RECALL_AT or count == len(self._numbers):
+                break
+            count = min(4 * count, len(self._numbers))
+        rank = np.empty(self.lists, np.int64)
+        rank[self._order(query[None])[0]] = np.arange(1, self.lists + 1)
+        ranks: NDArray[np.int64] = rank[self._list_of[places[best]]]
+        return ranks
+
+    def rows(self, places: NDArray[np.int64]) -> Embeddings:
+        """The rounded vectors; each is looked for in its list, so ask for few."""
+        rows = np.empty((len(places), self._dim), np.float32)
+        lists = self._faiss.invlists
+        for row, place in enumerate(places):
+            number = int(self._list_of[place])
+            size = int(lists.list_size(number))
+            offset = np.argmax(faiss.rev_swig_ptr(lists.get_ids(number), size) == self._serials[place])
+            codes = faiss.rev_swig_ptr(lists.get_codes(number), 2 * size * self._dim)
+            rows[row] = codes.view("<f2").reshape(size, self._dim)[offset]
+        return rows
+
+    def write(self, path: Path) -> None:
+        """With the numbers by place: an IndexIDMap whose index has serials for ids."""
+        whole = faiss.IndexIDMap(faiss.IndexFlatIP(self._dim))
+        whole.index, whole.own_fields, whole.ntotal = self._faiss, False, self._faiss.ntotal
+        faiss.copy_array_to_vector(self._numbers, whole.id_map)
+        faiss.write_index(whole, str(path))
+
+    def read(self, path: Path, *, mapped: bool = False) -> None:
+        loaded = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        if not isinstance(loaded, faiss.IndexIDMap) or loaded.d != self._dim:
+            raise ValueError(f"{path} holds an index of another kind")
+        lists = faiss.downcast_index(loaded.index)
+        if not isinstance(lists, faiss.IndexIVFScalarQuantizer) or lists.by_residual:
+            raise ValueError(f"{path} holds vectors that are kept in another way")
+        self._whole, self._faiss = loaded, lists
+        quantizer = faiss.downcast_index(lists.quantizer)
+        count = lists.nlist * self._dim
+        self._centres = faiss.rev_swig_ptr(quantizer.get_xb(), count).reshape(-1, self._dim).copy()
+        sizes = np.array([lists.get_list_size(number) for number in range(lists.nlist)])
+        parts = [
+            faiss.rev_swig_ptr(lists.invlists.get_ids(number), int(size))
+            for number, size in enumerate(sizes)
+            if size
+        ]
+        serials = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        order = np.argsort(serials)
+        self._serials = serials[order]
+        self._list_of = np.repeat(np.arange(lists.nlist, dtype=np.int32), sizes)[order]
+        self._numbers = faiss.vector_to_array(loaded.id_map)
+
+
+class _Chosen:
+    """FAISS's selector of some serials, and the memory that it looks at."""
+
+    def __init__(self, serials: NDArray[np.int64]) -> None:
+        bits = np.zeros((int(serials[-1]) if len(serials) else 0) + 1, np.bool_)
+        bits[serials] = True
+        self._bits = np.packbits(bits, bitorder="little")
+        self.selector: Any = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
+
+
+def fewest_probes(
+    needed: list[NDArray[np.int64]], checked: list[NDArray[np.int64]], floor: float, *, lists: int, count: int
+) -> Recall:
+    """The fewest lists to probe for recall to be at least `floor`, chosen by some questions (`probes_needed`
+    of each), and confirmed or raised by others, which the shares given are of."""
+    everything = recall = Recall(1.0, 1.0, lists, count)
+    for questions in (needed, checked):
+        candidates = np.unique(np.concatenate(questions))
+        start = 1 if questions is needed else recall.probes
+        for probes in [start, *candidates[candidates > start].tolist()]:
+            shares = np.array([np.mean(ranks <= probes) for ranks in questions])
+            # a question more that finds nothing: where all find everything, that is not yet certain
+            doubt = _CONFIDENCE * np.sqrt(shares.var() / len(shares)) + 1 / (len(shares) + 1)
+            share = float(shares.mean())
+            recall = Recall(share, max(0.0, share - float(doubt)), probes, count)
+            if recall.at_least >= floor:
+                break
+        else:
+            return everything
+    return recall
+
+
+ON_THE_CPU: dict[Kind, StoreMaker] = {"half": HalfStore, "ivf": IvfStore}
+"""The kinds beside "flat", where nobody says otherwise."""
