@@ -137,21 +137,21 @@ class IvfStore:
         return self._numbers
 
     def add(self, numbers: NDArray[np.int64], vectors: Embeddings) -> None:
+        if not len(numbers):
+            return
         first = int(self._serials[-1]) + 1 if len(self._serials) else 0
         serials = np.arange(first, first + len(numbers))
-        lists = self._faiss.quantizer.search(vectors, 1)[1] if len(numbers) else np.empty((0, 1), np.int64)
-        self._faiss.add_core(
-            len(numbers),
-            faiss.swig_ptr(np.ascontiguousarray(vectors)),
-            faiss.swig_ptr(serials),
-            faiss.swig_ptr(np.ascontiguousarray(lists[:, 0])),
-        )
+        vectors = np.ascontiguousarray(vectors)
+        lists = self._faiss.quantizer.search(vectors, 1)[1][:, 0].copy()
+        arrays = [faiss.swig_ptr(array) for array in (vectors, serials, lists)]
+        self._faiss.add_core(len(numbers), *arrays)
         self._numbers = np.concatenate([self._numbers, numbers])
         self._serials = np.concatenate([self._serials, serials])
-        self._list_of = np.concatenate([self._list_of, lists[:, 0].astype(np.int32)])
+        self._list_of = np.concatenate([self._list_of, lists.astype(np.int32)])
 
     def remove(self, gone: Mask) -> None:
-        self._faiss.remove_ids(_Chosen(self._serials[gone]).selector)
+        chosen = _Chosen(self._serials[gone])
+        self._faiss.remove_ids(chosen.selector)
         self._numbers, self._serials = self._numbers[~gone], self._serials[~gone]
         self._list_of = self._list_of[~gone]
 
@@ -193,6 +193,7 @@ class IvfStore:
         self._faiss.search_preassigned_c(
             len(queries), faiss.swig_ptr(queries), count, *arrays, False, settings
         )
+        assert serials.min() >= 0, "fewer were found than there are"
         return scores, np.searchsorted(self._serials, serials)
 
     def _order(self, queries: Embeddings) -> NDArray[np.int64]:
@@ -261,7 +262,7 @@ class IvfStore:
 
 
 class _Chosen:
-    """FAISS's selector of some serials, and the memory that it looks at."""
+    """FAISS's selector of some serials, which are ascending, and the memory that it looks at: keep both."""
 
     def __init__(self, serials: NDArray[np.int64]) -> None:
         bits = np.zeros((int(serials[-1]) if len(serials) else 0) + 1, np.bool_)

@@ -16,6 +16,7 @@ from clasp_core.vectors import (
     DEEPEST,
     FaissStore,
     HalfStore,
+    Kind,
     MappedStore,
     MirroredHalfStore,
     MirroredStore,
@@ -103,6 +104,13 @@ ON_A_GPU: dict[str, Callable[[], StoreMaker]] = {
     "torch-cuda-half": partial(store_for, "torch", "cuda", kind="half"),
 }
 EVERY_STORE = [*IN_MAIN_MEMORY, *ROUNDED, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)]
+
+
+def kind_of(name: str) -> Kind:
+    """What that store's snapshots are called; those of one kind read each other's."""
+    if "ivf" in name:
+        return "ivf"
+    return "half" if name in ROUNDED or name in ("faiss-cuda-half-of-half", "torch-cuda-half") else "flat"
 
 
 def store_named(name: str) -> StoreMaker:

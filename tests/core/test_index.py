@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from clasp_core.catalog import Changes
 from clasp_core.encoders.weights import sha256_of
-from clasp_core.index import Match, VectorIndex
+from clasp_core.index import Match, Reader, VectorIndex
 from clasp_core.types import Embeddings
-from clasp_core.vectors import FaissStore, StoreMaker
+from clasp_core.vectors import FaissStore, Kind, StoreMaker
 from tests.core.doubles import processes, random_vectors, unit
-from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, store_named
+from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, ROUNDED, kind_of, store_named
 
 Contents = Mapping[int, Embeddings]
 """Each recording's vectors, in order."""
@@ -52,9 +52,17 @@ def changes(seq: int, recordings: Contents, gone: Iterable[int] = (), dim: int =
 class Told(VectorIndex):
     """An index beside a catalogue, which here is a dictionary of what it was given."""
 
-    def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
+    def __init__(
+        self,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        kind: Kind = "flat",
+        read: Reader | None = None,
+    ) -> None:
         self.kept: dict[tuple[int, int], NDArray[np.float32]] = {}
-        super().__init__(dim, model, new_store, read=self._kept)
+        super().__init__(dim, model, new_store, kind=kind, read=read or self._kept)
 
     def _kept(self, segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
         return {segment: self.kept[segment] for segment in segments if segment in self.kept}
@@ -67,8 +75,10 @@ class Told(VectorIndex):
         self.kept = others | now  # at once: others search meanwhile
 
 
-def filled(recordings: Contents, seq: int = 1, new_store: StoreMaker = FaissStore) -> VectorIndex:
-    index = Told(len(next(iter(recordings.values()))[0]), MODEL, new_store)
+def filled(
+    recordings: Contents, seq: int = 1, new_store: StoreMaker = FaissStore, kind: Kind = "flat"
+) -> Told:
+    index = Told(len(next(iter(recordings.values()))[0]), MODEL, new_store, kind=kind)
     index.apply(changes(seq, recordings))
     return index
 
@@ -153,7 +163,7 @@ questions = st.lists(st.tuples(vectors, st.integers(1, 15)), min_size=1, max_siz
 selections = st.none() | st.lists(st.integers(0, 14), unique=True, max_size=8).map(sorted)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(updates, max_size=6), questions, selections, st.integers(1, 6))
 def test_it_finds_what_the_slow_search_finds(
     new_store: StoreMaker,
@@ -385,22 +395,37 @@ def test_a_saved_index_comes_back_and_goes_on(folder: Path) -> None:
     assert len(list(folder.glob("vectors-*"))) == 1, "old snapshots fill the disk"
 
 
-@pytest.mark.parametrize("before", IN_MAIN_MEMORY)
-def test_every_store_goes_on_from_every_other_s_snapshot(
-    folder: Path, before: str, new_store: StoreMaker
-) -> None:
+IN_TURN = [
+    *(("faiss", name) for name in IN_MAIN_MEMORY),
+    *((name, "faiss") for name in IN_MAIN_MEMORY),
+    *(("half" if kind_of(name) == "half" else "ivf", name) for name in ROUNDED),
+    *((name, "half" if kind_of(name) == "half" else "ivf") for name in ROUNDED),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), IN_TURN)
+def test_stores_of_a_kind_go_on_from_each_other_s_snapshots(folder: Path, before: str, after: str) -> None:
     """To change CLASP_VECTOR_STORE is to restart, not to read everything again; and what was rounded for a
     GPU's sake does not stay rounded."""
-    filled(RECORDINGS, SEQ, store_named(before)).save(folder)
-    index = VectorIndex.load(folder, DIM, MODEL, new_store)
+    first = filled(RECORDINGS, SEQ, store_named(before), kind_of(before))
+    first.save(folder)
+
+    def loaded(name: str) -> VectorIndex:
+        others = {kind_of(name): store_named(name)}
+        return VectorIndex.load(folder, DIM, MODEL, store_named(name), others=others, read=first._kept)
+
+    index = loaded(after)
+    assert index.kind == kind_of(before)
     assert_whole(index)
-    index.apply(changes(SEQ + 1, {}, gone=[5]))
+    now = {key: rows for key, rows in RECORDINGS.items() if key != 5} | {40: random_vectors(40, 3)}
+    first.apply(changes(SEQ + 1, {40: now[40]}, gone=[5]))
+    index.apply(changes(SEQ + 1, {40: now[40]}, gone=[5]))
     index.save(folder)
-    again = VectorIndex.load(folder, DIM, MODEL, store_named(before))
+    again = loaded(before)
     assert again.seq == SEQ + 1
-    now = {key: rows for key, rows in RECORDINGS.items() if key != 5}
-    query = RECORDINGS[7][0]
-    check_matches(again.search(query[None], [30])[0], now, query, 30)
+    for query in (RECORDINGS[7][0], now[40][1]):
+        check_matches(index.search(query[None], [30])[0], now, query, 30)
+        check_matches(again.search(query[None], [30])[0], now, query, 30)
 
 
 def test_an_empty_index_can_be_saved(tmp_path: Path, new_store: StoreMaker) -> None:
@@ -408,7 +433,7 @@ def test_an_empty_index_can_be_saved(tmp_path: Path, new_store: StoreMaker) -> N
     index = Told(DIM, MODEL, new_store)
     index.apply(changes(9, {}, gone=[1]))
     index.save(tmp_path)
-    again = VectorIndex.load(tmp_path, DIM, MODEL, new_store)
+    again = Told.load(tmp_path, DIM, MODEL, new_store)
     assert again.seq == 9
     again.apply(changes(10, RECORDINGS))
     query = RECORDINGS[7][0]
