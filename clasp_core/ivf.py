@@ -26,6 +26,8 @@ SAMPLE_PER_LIST = 40
 """Vectors to train by for each list; FAISS warns below 39."""
 _ROUNDS = 6
 _AT_ONCE = 4096
+_NEARLY_ALL = 0.95
+"""What lets so many pass is no filter: a few that were deleted of a mapped file, mostly."""
 _CONFIDENCE = 2.0
 """Standard errors below the mean at which recall must still reach the floor: true in 39 cases of 40."""
 
@@ -39,6 +41,9 @@ class Recall:
     at_least: float
     probes: int
     count: int
+    filtered: int
+    """Under a filter: so many lists' worth of vectors that pass it are looked at. Measured for the same floor
+    with filters that hide half of the space by regions, which for half of the questions is what is near."""
 
 
 class GivenUp(Exception):
@@ -85,9 +90,9 @@ def train(sample: Embeddings, lists: int, given_up: Wanted = lambda: False) -> E
 class IvfStore:
     """FAISS's inverted lists, 16 bits a number, in memory. Without centres it has one list.
 
-    Until `probes` is set every search looks at every list. A search of what a filter leaves looks at as many
-    vectors that pass as one without a filter does, in however many lists they are; where no more than
-    `exhaustive_up_to` are left, at all of them.
+    Until `recall` is set every search looks at every list. Of what a filter leaves, a search looks at as many
+    vectors as was measured to be enough (`Recall.filtered`), in however many lists they are; where no more
+    than `exhaustive_up_to` are left, at all of them.
     """
 
     exact = False
@@ -96,8 +101,7 @@ class IvfStore:
         self, dim: int, *, centres: Embeddings | None = None, exhaustive_up_to: int = 200_000
     ) -> None:
         self.noise = noise_of(dim, half=True)
-        self.recall: Recall | None = None
-        """What was measured last."""
+        self._recall: Recall | None = None
         self._dim = dim
         self._exhaustive_up_to = exhaustive_up_to
         self._centres = np.eye(1, dim, dtype=np.float32) if centres is None else centres
@@ -112,7 +116,6 @@ class IvfStore:
             False,  # not the difference to the centre, whose rounding would be another
         )
         self._faiss.is_trained = True  # 16 bits need no training, and the centres are there
-        self._faiss.nprobe = self.lists
         self._numbers = np.empty(0, np.int64)
         self._serials = np.empty(0, np.int64)
         """By place: what the vector is called in FAISS. Ascending, and none comes twice."""
@@ -124,13 +127,15 @@ class IvfStore:
         return len(self._centres)
 
     @property
-    def probes(self) -> int:
-        """How many lists a search for ten recordings looks at; it is written and read with the vectors."""
-        return int(self._faiss.nprobe)
+    def recall(self) -> Recall | None:
+        """What was measured last, by which searches go. It is not written with the vectors."""
+        return self._recall
 
-    @probes.setter
-    def probes(self, probes: int) -> None:
-        self._faiss.nprobe = min(max(1, probes), self.lists)
+    @recall.setter
+    def recall(self, recall: Recall | None) -> None:
+        if recall is not None and not (1 <= recall.probes <= self.lists and recall.filtered >= 1):
+            raise ValueError(f"{recall} is not of {self.lists} lists")
+        self._recall = recall
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -158,16 +163,19 @@ class IvfStore:
     def nearest(self, queries: Embeddings, count: int, among: Mask | None = None) -> Neighbours:
         passing = len(self._numbers) if among is None else int(np.count_nonzero(among))
         few = among is not None and passing <= self._exhaustive_up_to
-        if few or self.probes == self.lists or count == passing:
+        recall = self._recall
+        if few or recall is None or recall.probes == self.lists or count == passing:
             return self.nearest_of_all(queries, count, among)
         # lists in the order in which each query looks at them, and how many candidates it has seen by each
         order = self._order(queries)
         inside = self._list_of if among is None else self._list_of[among]
         seen = np.cumsum(np.bincount(inside, minlength=self.lists)[order], axis=1)
         deeper = max(1.0, count / DEPTH)
-        least = count if among is None else max(count, deeper * self.probes * len(self._numbers) / self.lists)
+        least: float = count
+        if passing < _NEARLY_ALL * len(self._numbers):
+            least = max(count, deeper * recall.filtered * len(self._numbers) / self.lists)
         needed = 1 + np.argmax(seen >= min(least, passing), axis=1)
-        probes = np.maximum(needed, min(self.lists, math.ceil(deeper * self.probes)))
+        probes = np.maximum(needed, min(self.lists, math.ceil(deeper * recall.probes)))
         order = order[:, : int(probes.max())]
         order[np.arange(order.shape[1]) >= probes[:, None]] = -1
         return self._search(queries, count, among, order)
@@ -200,23 +208,41 @@ class IvfStore:
         """The lists (queries, lists), the most promising first."""
         return np.argsort(-(queries @ self._centres.T), axis=1, kind="stable")
 
-    def probes_needed(self, query: NDArray[np.float32], owners: NDArray[np.int64]) -> NDArray[np.int64]:
+    def probes_needed(
+        self, query: NDArray[np.float32], owners: NDArray[np.int64], open_lists: Mask | None = None
+    ) -> NDArray[np.int64]:
         """How many lists must be probed to find each of the ten best recordings: up to ten numbers.
 
         `owners` says whose each place is. A recording counts as found with the list that its best segment
-        is in, so that recall by these is not above what a search has.
+        is in, so that recall by these is not above what a search has. With `open_lists` (lists,) it is under
+        a filter that passes these lists only, and the numbers are lists' worth of vectors that pass.
         """
-        count = min(DEPTH, len(self._numbers))
+        among = None if open_lists is None else open_lists[self._list_of]
+        passing = len(self._numbers) if among is None else int(np.count_nonzero(among))
+        if not passing:
+            return np.empty(0, np.int64)
+        count = min(DEPTH, passing)
         while True:
-            places = self.nearest_of_all(query[None], count)[1][0]
+            places = self.nearest_of_all(query[None], count, among)[1][0]
             best = np.sort(np.unique(owners[places], return_index=True)[1])[:RECALL_AT]
-            if len(best) == RECALL_AT or count == len(self._numbers):
+            if len(best) == RECALL_AT or count == passing:
                 break
-            count = min(4 * count, len(self._numbers))
-        rank = np.empty(self.lists, np.int64)
-        rank[self._order(query[None])[0]] = np.arange(1, self.lists + 1)
-        ranks: NDArray[np.int64] = rank[self._list_of[places[best]]]
+            count = min(4 * count, passing)
+        order = self._order(query[None])[0]
+        needed = np.empty(self.lists, np.int64)
+        needed[order] = np.arange(1, self.lists + 1)
+        if among is not None:
+            seen = np.cumsum(np.bincount(self._list_of[among], minlength=self.lists)[order])
+            needed[order] = np.ceil(seen * self.lists / len(self._numbers))
+        ranks: NDArray[np.int64] = needed[self._list_of[places[best]]]
         return ranks
+
+    def some_regions(self, chance: np.random.Generator) -> Mask:
+        """About half of the lists (lists,): those around half of sixteen places."""
+        around = self._centres[chance.choice(self.lists, min(16, self.lists), replace=False)]
+        passes = chance.permutation(len(around)) < len(around) / 2
+        chosen: Mask = passes[np.argmax(self._centres @ around.T, axis=1)]
+        return chosen
 
     def rows(self, places: NDArray[np.int64]) -> Embeddings:
         """The rounded vectors; each is looked for in its list, so ask for few."""
@@ -271,26 +297,28 @@ class _Chosen:
         self.selector: Any = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
 
 
-def fewest_probes(
-    needed: list[NDArray[np.int64]], checked: list[NDArray[np.int64]], floor: float, *, lists: int, count: int
-) -> Recall:
-    """The fewest lists to probe for recall to be at least `floor`, chosen by some questions (`probes_needed`
-    of each), and confirmed or raised by others, which the shares given are of."""
-    everything = recall = Recall(1.0, 1.0, lists, count)
-    for questions in (needed, checked):
-        candidates = np.unique(np.concatenate(questions))
-        start = 1 if questions is needed else recall.probes
-        for probes in [start, *candidates[candidates > start].tolist()]:
-            shares = np.array([np.mean(ranks <= probes) for ranks in questions])
+def fewest_probes(needed: list[NDArray[np.int64]], floor: float, *, lists: int) -> tuple[int, float, float]:
+    """The fewest lists to probe for recall to be at least `floor`: chosen by one half of the questions
+    (`probes_needed` of each), and confirmed or raised by the other. Of that one are the share found, and what
+    it is at least."""
+    half = len(needed) // 2
+    chosen = 1
+    share = at_least = 0.0
+    for questions in (needed[:half], needed[half:]):
+        candidates = np.unique(np.concatenate([[], *questions])).astype(np.int64)
+        for chosen in [chosen, *candidates[candidates > chosen].tolist()]:  # noqa: B020 - goes on from there
+            shares = np.array([np.mean(ranks <= chosen) for ranks in questions if len(ranks)])
+            if not len(shares):
+                return lists, 1.0, 1.0
             # a question more that finds nothing: where all find everything, that is not yet certain
             doubt = _CONFIDENCE * np.sqrt(shares.var() / len(shares)) + 1 / (len(shares) + 1)
             share = float(shares.mean())
-            recall = Recall(share, max(0.0, share - float(doubt)), probes, count)
-            if recall.at_least >= floor:
+            at_least = max(0.0, share - float(doubt))
+            if at_least >= floor:
                 break
         else:
-            return everything
-    return recall
+            return lists, 1.0, 1.0
+    return chosen, share, at_least
 
 
 ON_THE_CPU: dict[Kind, StoreMaker] = {"half": HalfStore, "ivf": IvfStore}

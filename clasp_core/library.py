@@ -360,7 +360,6 @@ class Library:
                 self._saved = (snapshot.seq, snapshot.token)
         elif scaling.wants_another(index):
             another = made_aside(index, scaling, self._read, self._follow, given_up)
-            fault("library.made_aside")
             self._exchange(index, another, given_up)
             self._saved = (0, "")  # the snapshot is of the other kind
         elif scaling.wants_measuring(index):
