@@ -19,23 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from clasp_core.catalog import note_change
-from clasp_core.database import RECORDINGS, SEGMENTS
 from clasp_core.index import VectorIndex
 from clasp_core.ivf import IvfStore
 from clasp_core.library import Library
 from clasp_core.scaling import Scaling
 from clasp_core.types import Embeddings
 from clasp_core.vectors import Kind
-from tests.core.doubles import unit
+from tests.core.doubles import store_ready, unit
 
 MODEL = "bench"
 SEGMENTS_EACH = 10
@@ -130,49 +126,20 @@ def fill(folder: Path, count: int, dim: int) -> tuple[Embeddings, NDArray[np.int
     asked_of = set(chance.choice(recordings, QUESTIONS, replace=False).tolist())
     questions = []
     with closing(Library(folder, model=MODEL, dim=dim, scaling=Scaling(kind="flat"))) as library:
-        database = library.catalog.database
         for start in range(0, recordings, AT_ONCE):
             some = topics[start : start + AT_ONCE]
             latent = np.repeat(centres[some], SEGMENTS_EACH, axis=0)
             latent += 0.55 * chance.standard_normal(latent.shape).astype(np.float32)
             noise = chance.standard_normal((len(latent), dim)).astype(np.float32) / np.sqrt(dim)
             vectors = unit(unit(latent) @ lift + 0.35 * noise)
-            rows = [dict(row) for row in recording_rows(start + 1, len(some))]
-            segments = [
-                {"recording": start + 1 + place // SEGMENTS_EACH, "model": MODEL, "vector": vector.tobytes()}
-                | {"ordinal": place % SEGMENTS_EACH, "start_s": 0.0, "end_s": 1.0, "transcript": None}
-                for place, vector in enumerate(vectors)
-            ]
-            with database.writing() as db:
-                db.execute(sa.insert(RECORDINGS), rows)
-                db.execute(sa.insert(SEGMENTS), segments)
-                note_change(db, [row["key"] for row in rows])
+            parts = vectors.reshape(len(some), SEGMENTS_EACH, dim)
+            store_ready(library.catalog, MODEL, {start + 1 + row: part for row, part in enumerate(parts)})
             questions += [
                 vectors[SEGMENTS_EACH * (k - start)] for k in asked_of if start <= k < start + AT_ONCE
             ]
         library.catalog.database.check()
     aside = unit(chance.standard_normal((len(questions), dim)))
     return unit(np.stack(questions) + 0.8 * aside), topics
-
-
-def recording_rows(first: int, count: int) -> Iterator[dict[str, object]]:
-    now = datetime.now(UTC).replace(tzinfo=None)
-    for key in range(first, first + count):
-        yield {
-            "key": key,
-            "id": f"{key}",
-            "collection": "default",
-            "sha256": f"{key:064x}",
-            "size_bytes": 1,
-        } | {
-            "metadata": {},
-            "created_at": now,
-            "status": "ready",
-            "duration_s": 1.0,
-            "segments": SEGMENTS_EACH,
-            "model": MODEL,
-            "attempts": 0,
-        }
 
 
 def starts(folder: Path, dim: int) -> Iterator[str]:
