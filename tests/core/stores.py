@@ -103,7 +103,13 @@ ON_A_GPU: dict[str, Callable[[], StoreMaker]] = {
     "faiss-cuda-half-of-half": partial(store_for, "faiss", "cuda", kind="half"),
     "torch-cuda-half": partial(store_for, "torch", "cuda", kind="half"),
 }
-EVERY_STORE = [*IN_MAIN_MEMORY, *ROUNDED, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)]
+_LIKE_OTHERS = ("torch-half", "mirrored-half-of-half", "mapped-half")
+"""Made of parts that others test as well: not in every run."""
+EVERY_STORE = [
+    *IN_MAIN_MEMORY,
+    *(pytest.param(name, marks=[pytest.mark.slow] * (name in _LIKE_OTHERS)) for name in ROUNDED),
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU),
+]
 
 
 def kind_of(name: str) -> Kind:

@@ -560,9 +560,21 @@ def test_only_one_process_saves_at_a_time(folder: Path) -> None:
     assert VectorIndex.load(folder, DIM, MODEL).seq == SEQ + 1
 
 
-def save_until_killed(folder: Path, saved: Connection) -> None:
+def twenty_each(segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
+    """A catalogue in which each recording has twenty vectors of its number."""
+    return {(key, ordinal): random_vectors(key, 20)[ordinal] for key, ordinal in segments}
+
+
+def loaded(folder: Path, name: str) -> VectorIndex:
+    """The index of such a catalogue, of that kind from its beginning."""
+    index = VectorIndex.load(folder, DIM, MODEL, store_named(name), read=twenty_each)
+    index.kind = kind_of(name)
+    return index
+
+
+def save_until_killed(folder: Path, saved: Connection, name: str) -> None:
     """Each change adds a recording of its own number and removes the thirtieth before it."""
-    index = VectorIndex.load(folder, DIM, MODEL)
+    index = loaded(folder, name)
     while True:
         seq = index.seq + 1
         index.apply(changes(seq, {seq: random_vectors(seq, 20)}, gone=[seq - 30]))
@@ -570,14 +582,15 @@ def save_until_killed(folder: Path, saved: Connection) -> None:
         saved.send(seq)
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["faiss", *(pytest.param(n, marks=pytest.mark.slow) for n in ROUNDED)])
+def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path, name: str) -> None:
     """Between "new file" and "new manifest" there is no moment at which a restart finds something wrong, or
     has to do without what an earlier save had finished."""
     context = processes()
     saved = 0
     for life in range(6):
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=save_until_killed, args=(tmp_path, writer))
+        process = context.Process(target=save_until_killed, args=(tmp_path, writer, name))
         process.start()
         writer.close()
         for _ in range(2 + life):
@@ -586,7 +599,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path) -
         process.join()
         assert process.exitcode == -signal.SIGKILL
         reader.close()
-        index = VectorIndex.load(tmp_path, DIM, MODEL)
+        index = loaded(tmp_path, name)
         assert index.seq >= saved
         now = {key: random_vectors(key, 20) for key in range(max(1, index.seq - 29), index.seq + 1)}
         assert len(index) == 20 * len(now)

@@ -279,6 +279,7 @@ def test_processes_that_map_a_snapshot_follow_and_take_the_next(
         assert [first(reader, number) for number in (4, 5, 201)] == ["", "5", "201"]
 
 
+@pytest.mark.slow
 def test_searches_go_on_while_kinds_are_exchanged(open_library: Opener) -> None:
     """FAISS crashes the process where two threads meet in it wrongly; here they have every chance."""
     library = open_library(SMALL)
