@@ -8,8 +8,8 @@ from clasp_core.catalog import Catalog
 from clasp_core.errors import ExtraMissing
 from clasp_core.library import AUDIO_FOLDER, Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
+from clasp_core.scaling import scaling_for
 from clasp_core.store import INCOMING, AudioStore
-from clasp_core.vectors import store_for
 
 
 def open_configured_model(settings: Settings, name: str | None = None) -> Model:
@@ -44,7 +44,17 @@ def _index(settings: Settings) -> dict[str, Any]:
     """Where vectors are searched, as `Library` wants to be told."""
     name, _, uri = settings.vector_store.partition(":")
     if name != "milvus":
-        return {"new_store": store_for(name, settings.device, half=settings.vector_store_half)}
+        scaling = scaling_for(
+            name,
+            settings.device,
+            kind=settings.vector_index,
+            half_mirror=settings.vector_store_half,
+            floor=settings.recall_floor,
+            flat_up_to=settings.flat_up_to,
+            half_up_to=settings.half_up_to,
+            mapped=settings.index_mmap,
+        )
+        return {"scaling": scaling}
     try:
         from clasp_core.milvus import milvus_at
     except ModuleNotFoundError as error:

@@ -27,6 +27,7 @@ from clasp_core.errors import (
     ModelUnavailable,
     NotCalibrated,
 )
+from clasp_core.ivf import GivenUp
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.types import Seconds
@@ -37,6 +38,8 @@ SAVE_EVERY_S: Seconds = 60.0
 LOOK_EVERY_S: Seconds = 1.0
 """How soon a switch of the library to another model is noticed; one look is one small query."""
 TRY_AGAIN_AFTER_S: Seconds = 5.0
+RESCALE_AGAIN_AFTER_S: Seconds = 600.0
+"""After a failure, of memory say; each try takes minutes of a processor."""
 WORKERS_START_WITHIN_S: Seconds = 120.0
 
 
@@ -71,6 +74,7 @@ class Service:
         self._exchanging_workers = False
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        self._rescaler = threading.Thread(target=self._rescale, name="rescaler", daemon=True)
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._watch = Watch(
             {
@@ -99,6 +103,7 @@ class Service:
         self.supervisor.start()
         self._keeper.start()
         self._follower.start()
+        self._rescaler.start()
         self._watch.start()
 
     def stop(self) -> None:
@@ -109,6 +114,7 @@ class Service:
         self.supervisor.stop()
         self.answerer.stop()
         self._keeper.join()
+        self._rescaler.join()
         try:
             self.library.close()
         except Exception as error:  # a full disk, say: nothing is lost by it
@@ -154,6 +160,7 @@ class Service:
         for code, count in catalog.failures().items():
             self.metrics.failed.labels(code).set(count)
         self.metrics.index_vectors.set(library.indexed())
+        self.metrics.observe_index(*library.index_kind())
         self.metrics.unsaved.set(library.unsaved_changes())
         saved_at = library.saved_at()
         self.metrics.snapshot_age.set(math.nan if saved_at is None else max(0.0, time.time() - saved_at))
@@ -187,6 +194,24 @@ class Service:
                 _log.warning("no snapshot of the index; it will be rebuilt at need", error=str(error))
             else:
                 _log.debug("index snapshot", seconds=round(time.perf_counter() - started, 3))
+
+    def _rescale(self) -> None:
+        """Let the index become another kind when the library has outgrown the one it has."""
+        pause = LOOK_EVERY_S
+        while not self._closing.wait(pause):
+            pause = LOOK_EVERY_S if self._rescaled(self.library) else RESCALE_AGAIN_AFTER_S
+
+    def _rescaled(self, library: Library) -> bool:
+        """Whether there was no trouble with it."""
+        try:
+            library.rescale(lambda: self._closing.is_set() or self.library is not library)
+        except GivenUp:
+            pass
+        except Exception as error:
+            if library is self.library:  # else it was exchanged meanwhile, and closed
+                _log.error("the index stays as it is", kind=library.index_kind()[0], exc_info=error)
+                return False
+        return True
 
     def _follow(self) -> None:
         """Notice that the library has another model, and go there."""

@@ -34,13 +34,13 @@ class Settings(BaseSettings):
     """Where `clasp models fetch` finds the Hugging Face hub, or a mirror; else HF_ENDPOINT says."""
     data_dir: Path = Path("index_data")
     """Everything the service stores."""
+    database_url: Annotated[str | None, Field(repr=False)] = None
+    """The catalogue: `postgresql://USER:PASSWORD@HOST/DATABASE`; by default SQLite in the data directory."""
     audio_store: str | None = None
     """`s3://BUCKET` or `s3://BUCKET/PREFIX`, of this library alone; by default the recordings are in the data
     directory. Credentials are AWS's own variables and files."""
     s3_endpoint: str | None = None
     """Address of an S3-compatible store, as `https://host:port`; by default AWS's own variables say."""
-    database_url: Annotated[str | None, Field(repr=False)] = None
-    """The catalogue: `postgresql://USER:PASSWORD@HOST/DATABASE`; by default SQLite in the data directory."""
     vector_store: Annotated[str, Field(repr=False)] = "faiss"
     """What searches vectors: on the device `faiss` (on a GPU with faiss-gpu only) or `torch`; or elsewhere
     `milvus:http://HOST:19530`, or `milvus:PATH.db` for a milvus-lite file."""
@@ -48,6 +48,17 @@ class Settings(BaseSettings):
     """Milvus's token, or `user:password`, which may stand in its URI as well."""
     vector_store_half: bool = False
     """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
+    vector_index: Literal["auto", "flat", "half", "ivf"] = "auto"
+    """How the index keeps vectors: float32, float16, or float16 in lists of which some are searched; `auto`
+    goes by their number."""
+    flat_up_to: Annotated[int, Field(ge=0)] = 200_000
+    """Vectors up to which `auto` is flat; a filter that leaves so many is searched exactly in any case."""
+    half_up_to: Annotated[int, Field(ge=0)] = 400_000
+    """Vectors up to which `auto` is half; beyond, ivf."""
+    recall_floor: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Least share of the ten best recordings that ivf finds; so many lists are searched as that takes."""
+    index_mmap: bool = False
+    """Whether the index's snapshot is mapped and not read: processes on one machine then share its memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run and vectors are searched; `auto` takes a GPU where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0

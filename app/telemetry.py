@@ -180,6 +180,17 @@ class Metrics:
             "clasp_model", "1 for the model that answers.", ["name", "fingerprint"], registry=self.registry
         )
         self.index_vectors = Gauge("clasp_index_vectors", "Vectors in the index.", registry=self.registry)
+        self.index_kind = Gauge(
+            "clasp_index_kind", "1 for how the index keeps vectors.", ["kind"], registry=self.registry
+        )
+        self.index_recall = Gauge(
+            "clasp_index_recall",
+            "Share of the ten best recordings that is found, as measured; 1 where all are looked at.",
+            registry=self.registry,
+        )
+        self.index_probes = Gauge(
+            "clasp_index_probes", "Lists that a search looks at.", registry=self.registry
+        )
         self.snapshot_age = Gauge(
             "clasp_index_snapshot_age_seconds",
             "Time since the index was last saved, which happens when it has changed.",
@@ -204,6 +215,12 @@ class Metrics:
     def observe_model(self, name: str, fingerprint: str) -> None:
         self.model.clear()
         self.model.labels(name, fingerprint).set(1)
+
+    def observe_index(self, kind: str, recall: float, probes: int) -> None:
+        for one in ("flat", "half", "ivf"):
+            self.index_kind.labels(one).set(one == kind)
+        self.index_recall.set(recall)
+        self.index_probes.set(probes)
 
     def observe_ingest(self, timings: Timings) -> None:
         for stage in ("decode", "segment", "embed", "commit"):

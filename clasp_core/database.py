@@ -17,8 +17,8 @@ order, so that no two can wait for each other:
 
     library, turn N     taken alone: the row of the library's identity, and that of whose turn N is
 
-The last but one is why numbers of changes are in the order of commits: PostgreSQL frees such locks once all can see
-what was committed.
+The last but one is why numbers of changes are in the order of commits: PostgreSQL frees such locks once all
+can see what was committed.
 """
 
 import hashlib

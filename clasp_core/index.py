@@ -11,7 +11,8 @@ stale. Where the vectors lie and are multiplied is `clasp_core.vectors`.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence, Set
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ from clasp_core.catalog import Catalog, Changes
 from clasp_core.durability import locked, place
 from clasp_core.encoders.weights import sha256_of
 from clasp_core.faults import fault
+from clasp_core.ivf import ON_THE_CPU, GivenUp, IvfStore, Recall, Wanted, fewest_probes
 from clasp_core.types import Embeddings
-from clasp_core.vectors import FaissStore, Mask, StoreMaker
+from clasp_core.vectors import FaissStore, Kind, MappedStore, Mask, StoreMaker
 
 _log = logging.getLogger(__name__)
 
+_READ_AT_ONCE = 5000
+"""Vectors read from the catalogue in one go."""
 ORDINAL_BITS = 20
 """At most 2**20 segments in a recording: over twelve days of speech."""
 
@@ -40,6 +44,20 @@ Among: TypeAlias = NDArray[np.int64] | Set[str]
 
 SNAPSHOT_FILE = "manifest.json"
 """What is written last of a snapshot."""
+_FORMAT = 2
+"""Format 1 had no kind: all were flat."""
+
+_QUESTIONS = 200
+"""Recall is measured by so many questions, and confirmed by as many others."""
+_FINER = 1.5
+"""Filters cut finer than the regions that they are measured by: so many times as much is looked at."""
+_FAR = 0.8
+"""How far a question is from what it asks for: it is a stored vector and a random one of this length, at unit
+length again. Texts are about that far from speech (the modality gap of `mini`: cosines of 0.5 to 0.8)."""
+
+Reader: TypeAlias = Callable[[Sequence[tuple[int, int]]], Mapping[tuple[int, int], NDArray[np.float32]]]
+"""From segments (recording key, ordinal) to their vectors, bit for bit as they were added, of those that are
+still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,23 @@ class Snapshot:
     model: str
     seq: int
     token: str
+    kind: Kind = "flat"
+    recall: Recall | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Snapshot":
+        """As the manifest says. Raises OSError, ValueError, TypeError or RuntimeError for what is none."""
+        said = json.loads((folder / SNAPSHOT_FILE).read_text())
+        if not isinstance(said, dict):
+            raise ValueError("a manifest is an object")
+        recall = said.pop("recall", None)
+        return cls(**said, recall=None if recall is None else Recall(**recall))
+
+    def is_of(self, dim: int, model: str) -> bool:
+        """Whether it is of that model and can be read here."""
+        known = self.format == _FORMAT or (self.format == 1 and self.kind == "flat")
+        of = (self.dim, self.model) == (dim, model)
+        return known and of and self.file == _file_name(self.seq, self.token, self.kind)
 
 
 class _Saving(Exception):
@@ -115,20 +150,37 @@ class Index(Protocol):
 
 
 class VectorIndex:
-    """Exact cosine search over unit vectors. Thread-safe: many searches, or one change.
+    """Cosine search over unit vectors. Thread-safe: many searches, or one change.
 
-    The stores are not: FAISS searched during an addition crashes the process, hence the lock.
+    The stores are not: FAISS searched during an addition crashes the process, hence the lock. Every score is
+    exact; so is which recordings are found, unless the store is an `IvfStore`, for which see `calibrate`.
     """
 
     is_shared = False
 
-    def __init__(self, dim: int, model: str, new_store: StoreMaker = FaissStore) -> None:
+    def __init__(
+        self,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        kind: Kind = "flat",
+        read: Reader | None = None,
+        flat: StoreMaker | None = None,
+    ) -> None:
+        """`kind` is what a snapshot says of the store, and `flat` makes the one to start over with. `read`
+        gives the vectors where the store has rounded ones only; what it does not have any more is not found.
+        Without it scores are of the rounded ones."""
         self.dim = dim
         self.model = model
-        self._new_store = new_store
+        self.kind = kind
         self.point = (0, "")
         """The last change of the catalogue, by number and token, that this replica has."""
         self._store = new_store(dim)
+        self._flat = flat or new_store
+        self._read = read
+        self.file: str | None = None
+        """The name of the snapshot that it was loaded from."""
         self._recordings: set[int] = set()
         self._lock = RWLockWrite()
 
@@ -140,16 +192,19 @@ class VectorIndex:
         """The number of the last change this replica has."""
         return self.point[0]
 
-    def follow(self, catalog: Catalog, at_once: int) -> bool:
+    def follow(self, catalog: Catalog, at_once: int, given_up: Wanted = lambda: False) -> bool:
+        """As `Index.follow`. Raises GivenUp between two steps once that is so."""
         if self.point == catalog.last_change():
             return False
         if not catalog.holds(self.point):
             # the catalogue was put back to an earlier state, by a restored backup say: start over
             with self._lock.gen_wlock():
-                self._store = self._new_store(self.dim)
+                self._store, self.kind, self.file = self._flat(self.dim), "flat", None
                 self._recordings = set()
                 self.point = (0, "")
         while changes := catalog.changes(self.seq, limit=at_once, model=self.model, dim=self.dim):
+            if given_up():
+                raise GivenUp
             self.apply(changes)
             follow_up(catalog, changes, self.model)
         return True
@@ -233,9 +288,8 @@ class VectorIndex:
                 break
             (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
         chosen = _worth_scoring(scores, owner, bests >= cutoff - doubt, segments, doubt)
-        exact = exact_scores(query, self._store.rows(places[chosen]))
         # below what was seen, another segment may be better that was not
-        scored = [pair for pair in zip(numbers[chosen].tolist(), exact, strict=True) if pair[1] > seen]
+        scored = [pair for pair in self._scored(query, places[chosen]) if pair[1] > seen]
         return best_recordings(scored, limit, size, segments)
 
     def _match_segments(
@@ -251,8 +305,18 @@ class VectorIndex:
                 break
             (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
         places = places[scores >= cutoff - doubt]
-        exact = exact_scores(query, self._store.rows(places))
-        return best_segments(zip(self._store.numbers[places].tolist(), exact, strict=True), limit, size)
+        return best_segments(self._scored(query, places), limit, size)
+
+    def _scored(self, query: NDArray[np.float32], places: NDArray[np.int64]) -> list[tuple[int, float]]:
+        """The numbers and the exact scores of the segments at these places, of those that the catalogue still
+        has where it is asked."""
+        numbers = self._store.numbers[places]
+        if self._store.exact or self._read is None:
+            rows = self._store.rows(places)
+        else:
+            rows, there = read_rows(self._read, numbers, self.dim)
+            numbers, rows = numbers[there], rows[there]
+        return list(zip(numbers.tolist(), exact_scores(query, rows), strict=True))
 
     def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""
@@ -267,6 +331,65 @@ class VectorIndex:
     def forget_others(self, models: Set[str]) -> None:
         """There are none: the snapshot is of one model."""
 
+    # --- recall
+
+    @property
+    def recall(self) -> Recall | None:
+        """What was measured last of a store that does not look at everything; None of others."""
+        lists = self._lists()
+        return None if lists is None else lists.recall
+
+    def _lists(self) -> IvfStore | None:
+        store = self._store.base if isinstance(self._store, MappedStore) else self._store
+        return store if isinstance(store, IvfStore) else None
+
+    @property
+    def lists(self) -> int:
+        """How many lists the vectors are in; 1 where all are looked at."""
+        lists = self._lists()
+        return 1 if lists is None else lists.lists
+
+    @property
+    def changed(self) -> int | None:
+        """How many vectors differ from the snapshot that is mapped; None where none is."""
+        return self._store.changed if isinstance(self._store, MappedStore) else None
+
+    def drawn(self, count: int) -> NDArray[np.int64]:
+        """The numbers of some segments, `count` at most, each as likely as any other."""
+        with self._lock.gen_rlock():
+            numbers = self._store.numbers
+            return np.random.default_rng().choice(numbers, min(count, len(numbers)), replace=False)
+
+    def calibrate(self, floor: float, given_up: Wanted = lambda: False) -> None:
+        """Have so many lists looked at that `floor` of the ten best recordings are found: measured by vectors
+        drawn from the index as questions (`_FAR`), one at a time, so that searches and changes go on between.
+
+        Where that cannot be measured, all are looked at. Raises GivenUp soon after that is so.
+        """
+        lists = self._lists()
+        if lists is None:
+            return
+        chance = np.random.default_rng()
+        vectors = read_vectors(self._read, self.drawn(2 * _QUESTIONS), self.dim)
+        chance.shuffle(vectors)
+        aside = chance.standard_normal(vectors.shape).astype(np.float32)
+        questions = vectors + _FAR * aside / np.linalg.norm(aside, axis=1, keepdims=True)
+        questions /= np.linalg.norm(questions, axis=1, keepdims=True)
+        needed, filtered = [], []
+        for question in questions:
+            if given_up():
+                raise GivenUp
+            with self._lock.gen_rlock():
+                owners = lists.numbers >> ORDINAL_BITS
+                needed.append(lists.probes_needed(question, owners))
+                filtered.append(lists.probes_needed(question, owners, lists.some_regions(chance)))
+        probes, share, at_least = fewest_probes(needed, floor, lists=lists.lists)
+        more, _, _ = fewest_probes(filtered, floor, lists=lists.lists)
+        more = math.ceil(_FINER * more)
+        recall = Recall(share, at_least, probes, len(lists.numbers), max(probes, more))
+        with self._lock.gen_wlock():
+            lists.recall = recall
+
     # --- the snapshot
 
     def save(self, folder: Path) -> None:
@@ -277,15 +400,25 @@ class VectorIndex:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "saving").touch()
         with suppress(_Saving), locked(folder / "saving", _Saving()):
-            with suppress(OSError, ValueError, LookupError):  # what kills left here must not add up
-                _remove_all_but(json.loads((folder / SNAPSHOT_FILE).read_text())["file"], folder)
+            # what kills left here must not add up
+            with suppress(OSError, ValueError, TypeError, RuntimeError):
+                _remove_all_but(Snapshot.read(folder).file, folder)
             temporary = folder / "saving.faiss"
             try:
                 with self._lock.gen_rlock():
-                    name = _file_name(*self.point)
+                    name = _file_name(*self.point, self.kind)
                     self._store.write(temporary)
                     snapshot = Snapshot(
-                        1, name, sha256_of(temporary), len(self), self.dim, self.model, *self.point
+                        format=_FORMAT,
+                        file=name,
+                        sha256=sha256_of(temporary),
+                        count=len(self),
+                        dim=self.dim,
+                        model=self.model,
+                        seq=self.point[0],
+                        token=self.point[1],
+                        kind=self.kind,
+                        recall=self.recall,
                     )
                 fault("index.written")
                 place(temporary, folder / name)
@@ -300,27 +433,57 @@ class VectorIndex:
             fault("index.saved")
 
     @classmethod
-    def load(cls, folder: Path, dim: int, model: str, new_store: StoreMaker = FaissStore) -> "VectorIndex":
+    def load(
+        cls,
+        folder: Path,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        others: Mapping[Kind, StoreMaker] = ON_THE_CPU,
+        read: Reader | None = None,
+    ) -> "VectorIndex":
         """The saved index, whatever store saved it; an empty one (to be filled from the catalogue) where
-        none can be trusted."""
-        index = cls(dim, model, new_store)
-        with suppress(OSError, ValueError, TypeError, RuntimeError):
-            snapshot = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
-            if (snapshot.format, snapshot.dim, snapshot.model) != (1, dim, model):
-                return index
-            if snapshot.file != _file_name(snapshot.seq, snapshot.token):
-                return index
+        none can be trusted. `new_store` makes its store where that is flat, `others` where it is not."""
+        with suppress(OSError, ValueError, TypeError, LookupError, RuntimeError):
+            snapshot = Snapshot.read(folder)
             path = folder / snapshot.file
-            if sha256_of(path) != snapshot.sha256:
-                return index
-            store = new_store(dim)
-            store.read(path)
-            if len(store.numbers) != snapshot.count:
-                return index
-            index._store = store
-            index._recordings = set(np.unique(store.numbers >> ORDINAL_BITS).tolist())
-            index.point = (snapshot.seq, snapshot.token)
-        return index
+            if snapshot.is_of(dim, model) and sha256_of(path) == snapshot.sha256:
+                makers = {**others, "flat": new_store}
+                index = cls(dim, model, makers[snapshot.kind], kind=snapshot.kind, read=read, flat=new_store)
+                index._store.read(path)
+                if len(index) == snapshot.count:
+                    if (lists := index._lists()) is not None:
+                        lists.recall = snapshot.recall
+                    index._recordings = set(np.unique(index._store.numbers >> ORDINAL_BITS).tolist())
+                    index.point = (snapshot.seq, snapshot.token)
+                    index.file = snapshot.file
+                    return index
+        return cls(dim, model, new_store, read=read)
+
+
+def read_vectors(read: Reader | None, numbers: NDArray[np.int64], dim: int) -> Embeddings:
+    """The vectors of these segments that are there, in the order of their numbers; none without a reader."""
+    numbers = np.sort(numbers)
+    parts = [np.empty((0, dim), np.float32)]
+    for start in range(0, len(numbers) if read is not None else 0, _READ_AT_ONCE):
+        assert read is not None
+        rows, there = read_rows(read, numbers[start : start + _READ_AT_ONCE], dim)
+        parts.append(rows[there])
+    return np.concatenate(parts)
+
+
+def read_rows(read: Reader, numbers: NDArray[np.int64], dim: int) -> tuple[Embeddings, Mask]:
+    """The vectors of these segments (n, dim), and which of them are there (n,); the others are zeros."""
+    rows = np.zeros((len(numbers), dim), np.float32)
+    there = np.zeros(len(numbers), np.bool_)
+    named = [place_of(number) for number in numbers.tolist()]
+    found = read(named)
+    for row, name in enumerate(named):
+        vector = found.get(name)
+        if vector is not None and len(vector) == dim:
+            rows[row], there[row] = vector, True
+    return rows, there
 
 
 def place_of(number: int) -> tuple[int, int]:
@@ -404,6 +567,7 @@ def _remove_all_but(name: str, folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _file_name(seq: int, token: str) -> str:
-    """A snapshot's name repeats its point, so that a damaged manifest contradicts itself."""
-    return f"vectors-{seq:d}-{token}.faiss"
+def _file_name(seq: int, token: str, kind: Kind) -> str:
+    """A snapshot's name repeats its point and its kind, so that a damaged manifest contradicts itself, and
+    what is made anew as another kind does not take the place of what the manifest still means."""
+    return f"vectors-{seq:d}-{token}.faiss" if kind == "flat" else f"vectors-{seq:d}-{token}-{kind}.faiss"

@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,12 +27,14 @@ from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, St
 from clasp_core.errors import DataDamaged, DataMismatch, InvalidField, StoreUnavailable
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
-from clasp_core.index import SNAPSHOT_FILE, Among, Grouping, Index, Match, VectorIndex
+from clasp_core.index import SNAPSHOT_FILE, Among, Grouping, Index, Match, Snapshot, VectorIndex
+from clasp_core.ivf import Wanted
 from clasp_core.language import canonical_tag
 from clasp_core.limits import FREELY, Admission
+from clasp_core.scaling import BY_SIZE, Scaling, made_aside
 from clasp_core.store import AudioStore, Displaced, FolderStore, Upload
 from clasp_core.types import Embeddings, Seconds, SegmentHit
-from clasp_core.vectors import FaissStore, StoreMaker
+from clasp_core.vectors import StoreMaker
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ DELETED_AT_ONCE = 200
 SWEPT_AT_ONCE = 10_000
 PREPARED_AT_MOST = 5
 MAX_HITS = 1000
+MAPPED_CHANGES = 1000
+"""Fewer vectors, and fewer than a twentieth, are not worth a new snapshot where it is mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +89,17 @@ class Library:
         dim: int,
         name: str = "",
         database_url: str | None = None,
-        new_store: StoreMaker = FaissStore,
+        new_store: StoreMaker | None = None,
+        scaling: Scaling = BY_SIZE,
         shared_index: SharedIndex | None = None,
         reindex: bool = False,
         min_free_bytes: int = 0,
         store: AudioStore | None = None,
     ) -> None:
         """Open or create. `model` is the fingerprint of the model all vectors searched here are by;
-        `new_store` is where the index keeps them, unless a `shared_index` does; `min_free_bytes` are left on
-        the disk by what arrives. `store` is where the recordings' bytes are, by default a folder of the data
-        directory.
+        `scaling` says where the index keeps them, and `new_store` where it does while it is flat, unless a
+        `shared_index` has them; `min_free_bytes` are left on the disk by what arrives. `store` is where the
+        recordings' bytes are, by default a folder of the data directory.
 
         `name` is what `open_model` knows it as. A library without vectors takes any model; where there
         are vectors of another, raises DataMismatch, unless it is opened to `reindex` (and not to search)
@@ -106,7 +112,8 @@ class Library:
         self._untidied = False
         self._index_dir = data_dir / "index"
         self._dim = dim
-        self._new_store = new_store
+        self._scaling = scaling if new_store is None else replace(scaling, flat=new_store)
+        self._read = partial(self.catalog.vectors, model=model)
         self._shared_index = shared_index
         self._index: Index | None = None
         self._refreshing = threading.Lock()
@@ -380,7 +387,69 @@ class Library:
     def _open_index(self) -> Index:
         if self._shared_index is not None:
             return self._shared_index(self.catalog, self.model, self._dim)
-        return VectorIndex.load(self._index_dir, self._dim, self.model, self._new_store)
+        return self._loaded()
+
+    def _loaded(self) -> VectorIndex:
+        loaders = self._scaling.loaders
+        return VectorIndex.load(
+            self._index_dir, self._dim, self.model, loaders["flat"], others=loaders, read=self._read
+        )
+
+    def rescale(self, given_up: Wanted = lambda: False) -> None:
+        """Have the index of the kind that its size wants (`Scaling`), and its recall measured. One that is
+        shared is as it is.
+
+        Another index is made while the one there is answers and follows, and takes its place at once when it
+        has everything. Takes minutes where there is something to do; for one thread. Raises GivenUp soon
+        after that is so, and nothing has changed then.
+        """
+        index, scaling = self.refresh(), self._scaling
+        began = time.perf_counter()
+        if not isinstance(index, VectorIndex) or not self.is_current():
+            return
+        if (snapshot := self._newer_snapshot(index)) is not None:
+            another = self._loaded()
+            if another.file == snapshot.file:
+                self._exchange(index, another, given_up)
+                self._saved = (snapshot.seq, snapshot.token)
+        elif scaling.wants_another(index):
+            another = made_aside(index, scaling, self._read, self._follow, given_up)
+            self._exchange(index, another, given_up)
+            self._saved = (0, "")  # the snapshot is of the other kind
+        elif scaling.wants_measuring(index):
+            index.calibrate(scaling.floor, given_up)
+        else:
+            return
+        kind, recall, lists = self.index_kind()
+        _log.info(
+            "the index is %s now: %d vectors, recall %.3f in %d lists, %.1f s",
+            *(kind, self.indexed(), recall, lists, time.perf_counter() - began),
+        )
+
+    def _follow(self, index: VectorIndex, given_up: Wanted = lambda: False) -> None:
+        index.follow(self.catalog, CHANGES_AT_ONCE, given_up)
+
+    def _exchange(self, index: VectorIndex, another: VectorIndex, given_up: Wanted) -> None:
+        """Put another in the place of the index, if that is still there."""
+        self._follow(another, given_up)
+        with self._refreshing:
+            if self._index is index:
+                self._follow(another, given_up)
+                self._index = another
+
+    def _newer_snapshot(self, index: VectorIndex) -> Snapshot | None:
+        """What another process, or this one, has saved since, where snapshots are mapped: most of what this
+        index has in memory lies there, for all of them."""
+        if not self._scaling.mapped:
+            return None
+        try:
+            snapshot = Snapshot.read(self._index_dir)
+        except (OSError, ValueError, TypeError, RuntimeError):
+            return None
+        wanted = snapshot.kind == self._scaling.wanted(len(index), index.kind)
+        if snapshot.file == index.file or not wanted or not snapshot.is_of(self._dim, self.model):
+            return None
+        return snapshot if self.catalog.holds((snapshot.seq, snapshot.token)) else None
 
     def indexed(self) -> int:
         """Vectors in the index as it is, which another thread may be bringing up to date."""
@@ -415,16 +484,28 @@ class Library:
         if self._index is not None:
             self._index.forget_others(self.catalog.known_models() | {self.model})
 
+    def index_kind(self) -> tuple[str, float, int]:
+        """The kind of the index; its measured recall at ten, 1 where everything is looked at; in how many
+        lists it looks."""
+        index = self._index
+        if not isinstance(index, VectorIndex):
+            return "flat", 1.0, 1
+        recall = index.recall
+        return (index.kind, 1.0, 1) if recall is None else (index.kind, recall.share, recall.probes)
+
     def save_index(self) -> None:
         """Write a snapshot, if anything changed since the last, so that the next start is quick.
 
-        Not so once the library has another model: the place is that one's.
+        Not so once the library has another model: the place is that one's. Where snapshots are mapped, not
+        for a few changes either: each is a file that all who map it have to read anew.
         """
-        if self._index is None or self._index.is_shared:
+        index = self._index
+        if not isinstance(index, VectorIndex) or index.point == self._saved or not self.is_current():
             return
-        if self._index.point != self._saved and self.is_current():
-            point = self._index.point
-            self._index.save(self._index_dir)
+        few = index.changed is not None and index.changed < max(MAPPED_CHANGES, len(index) // 20)
+        if self._newer_snapshot(index) is None and not (few and index.file is not None):
+            point = index.point
+            index.save(self._index_dir)
             self._saved = point
 
 

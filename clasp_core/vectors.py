@@ -1,7 +1,9 @@
 """Stores of numbered vectors: where the vector index keeps them, and what multiplies them with a query.
 
-`store_for` names the three: FAISS on the CPU, FAISS with a copy on a GPU, and plain torch on either. All
-are exact, find the same and read each other's files. Locks, recordings and snapshots are the index's.
+`store_for` names the three: FAISS on the CPU, FAISS with a copy on a GPU, and plain torch on either; each
+with 32 or with 16 bits a number. All look at every vector and find the same; those of as many bits read each
+other's files. `MappedStore` leaves a file where it is. Locks, recordings and snapshots are the index's; what
+looks at a part of the vectors only is `clasp_core.ivf`.
 """
 
 import importlib.metadata
@@ -13,7 +15,7 @@ from concurrent.futures import Future
 from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import faiss
 import numpy as np
@@ -36,6 +38,8 @@ faiss.cvar.distance_compute_blas_threshold = 3072
 
 Mask: TypeAlias = NDArray[np.bool_]
 Neighbours: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+Kind: TypeAlias = Literal["flat", "half", "ivf"]
+"""How vectors are kept: float32; float16; float16 in lists, of which a search looks at some."""
 
 
 class VectorStore(Protocol):
@@ -44,6 +48,8 @@ class VectorStore(Protocol):
 
     noise: float
     """No score of `nearest` is further than this from the exact one."""
+    exact: bool
+    """Whether `rows` are what was added, bit for bit, and not rounded."""
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -66,15 +72,18 @@ class VectorStore(Protocol):
         ...
 
     def rows(self, places: NDArray[np.int64]) -> Embeddings:
-        """The vectors at these places, bit for bit as they were added."""
+        """The vectors at these places, as far as they are kept."""
         ...
 
     def write(self, path: Path) -> None:
-        """All of it as a file, which every store can read."""
+        """All of it as a file, which every store of this kind can read."""
         ...
 
-    def read(self, path: Path) -> None:
-        """What a file holds, into a store that is empty. RuntimeError or ValueError for another's file."""
+    def read(self, path: Path, *, mapped: bool = False) -> None:
+        """What a file holds, into a store that is empty. RuntimeError or ValueError for another's file.
+
+        `mapped`: leave it there, to be read through the page cache, and never change the store then. The
+        file may be unlinked, but not written to."""
         ...
 
 
@@ -82,20 +91,26 @@ StoreMaker: TypeAlias = Callable[[int], VectorStore]
 """From the dimension to an empty store."""
 
 
-def store_for(name: str, device: str = "cpu", *, half: bool = False) -> StoreMaker:
-    """The store of that name ("faiss", "torch") on that device ("cpu", "cuda", or "auto").
+def store_for(
+    name: str, device: str = "cpu", *, half: bool = False, kind: Literal["flat", "half"] = "flat"
+) -> StoreMaker:
+    """The store of that name ("faiss", "torch") and kind on that device ("cpu", "cuda", or "auto").
 
-    "auto" takes a GPU that the store can use. With `half`, FAISS's copy on a GPU has 16 bits a number.
+    "auto" takes a GPU that the store can use. With `half`, FAISS's copy on a GPU has 16 bits a number, as it
+    always has where the host's has.
     Raises IndexUnavailable for "cuda" where this machine, or the FAISS that is installed, cannot do it.
     """
     if name == "torch":
-        return partial(TorchStore, device=_torch_device(device))
+        return partial(TorchStore, device=_torch_device(device), half=kind == "half")
     if name != "faiss":
         raise IndexUnavailable(f"There is no vector store {name!r}: CLASP_VECTOR_STORE is faiss or torch.")
+    host = FaissStore if kind == "flat" else HalfStore
     if device == "cpu":
-        return FaissStore
+        return host
     obstacle = _obstacle_to_gpu_faiss()
     if obstacle is None:
+        if kind == "half":
+            return partial(MirroredHalfStore, new_mirror=partial(_gpu_index, True), owner=_GPU_OWNER)
         return partial(MirroredStore, new_mirror=partial(_gpu_index, half), owner=_GPU_OWNER, half=half)
     if device == "cuda":
         raise IndexUnavailable(
@@ -105,7 +120,7 @@ def store_for(name: str, device: str = "cpu", *, half: bool = False) -> StoreMak
         )
     if _overwritten():
         _log.warning("the vector index stays on the CPU: %s", obstacle)
-    return FaissStore
+    return host
 
 
 def _obstacle_to_gpu_faiss() -> str | None:
@@ -131,7 +146,7 @@ def _overwritten() -> bool:
     return not hasattr(faiss, "StandardGpuResources")
 
 
-def _noise(dim: int, *, half: bool = False) -> float:
+def noise_of(dim: int, *, half: bool = False) -> float:
     """How far a product of unit vectors, summed in float32 in any order, can be from the exact one.
 
     dim x 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). In half precision each
@@ -143,10 +158,16 @@ def _noise(dim: int, *, half: bool = False) -> float:
 class FaissStore:
     """FAISS's flat inner-product index, in memory."""
 
+    exact = True
+
     def __init__(self, dim: int) -> None:
-        self.noise = _noise(dim)
+        self.noise = noise_of(dim)
         self._dim = dim
-        self._faiss = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+        self._faiss = faiss.IndexIDMap(self._flat(dim))
+
+    @staticmethod
+    def _flat(dim: int) -> Any:  # noqa: ANN401 - FAISS has no types
+        return faiss.IndexFlatIP(dim)
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -154,15 +175,6 @@ class FaissStore:
         if not count:
             return np.empty(0, np.int64)
         view: NDArray[np.int64] = faiss.rev_swig_ptr(self._faiss.id_map.data(), count)
-        return view
-
-    def _vectors(self) -> Embeddings:
-        """All of them, not copied; valid until the next change."""
-        count = int(self._faiss.ntotal)
-        if not count:
-            return np.empty((0, self._dim), np.float32)
-        flat = faiss.downcast_index(self._faiss.index)
-        view: Embeddings = faiss.rev_swig_ptr(flat.get_xb(), count * self._dim).reshape(count, self._dim)
         return view
 
     def add(self, numbers: NDArray[np.int64], vectors: Embeddings) -> None:
@@ -182,16 +194,140 @@ class FaissStore:
         return scores, places
 
     def rows(self, places: NDArray[np.int64]) -> Embeddings:
-        return self._vectors()[places]
+        count = int(self._faiss.ntotal)
+        if not count:
+            return np.empty((0, self._dim), np.float32)
+        flat = faiss.downcast_index(self._faiss.index)
+        view: Embeddings = faiss.rev_swig_ptr(flat.get_xb(), count * self._dim).reshape(count, self._dim)
+        return view[places]
 
     def write(self, path: Path) -> None:
         faiss.write_index(self._faiss, str(path))
 
-    def read(self, path: Path) -> None:
-        loaded = faiss.read_index(str(path))
-        if not isinstance(loaded, faiss.IndexIDMap2) or loaded.d != self._dim:
+    def read(self, path: Path, *, mapped: bool = False) -> None:
+        loaded = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        if not isinstance(loaded, faiss.IndexIDMap) or loaded.d != self._dim:
             raise ValueError(f"{path} holds an index of another kind")
+        mine, theirs = (faiss.downcast_index(one.index) for one in (self._faiss, loaded))
+        same = (type(mine), mine.metric_type) == (type(theirs), theirs.metric_type)
+        if not same or mine.sa_code_size() != theirs.sa_code_size():
+            raise ValueError(f"{path} holds vectors that are kept in another way")
         self._faiss = loaded
+
+
+class HalfStore(FaissStore):
+    """The same with 16 bits a number: half the memory, and quicker. Its scores are off by up to 0.001."""
+
+    exact = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.noise = noise_of(dim, half=True)
+
+    @staticmethod
+    def _flat(dim: int) -> Any:  # noqa: ANN401
+        return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+
+    def rows(self, places: NDArray[np.int64]) -> Embeddings:
+        count = int(self._faiss.ntotal)
+        if not count:
+            return np.empty((0, self._dim), np.float32)
+        codes = faiss.downcast_index(self._faiss.index).codes
+        view = faiss.rev_swig_ptr(codes.data(), 2 * count * self._dim).view("<f2")
+        chosen: Embeddings = view.reshape(count, self._dim)[places].astype(np.float32)
+        return chosen
+
+
+class MappedStore:
+    """A file's vectors where they lie, and in memory what changed since.
+
+    Processes that map the same file have one copy of it, in the page cache, and start without reading it.
+    What is removed of the file is left out of what is found; what is added lies beside it, in a flat store
+    of as many bits. `write` makes one file of both.
+    """
+
+    def __init__(self, dim: int, *, new_store: StoreMaker) -> None:
+        self._new_store = new_store
+        self._dim = dim
+        self._path: Path | None = None
+        self.base = new_store(dim)
+        self._added = FaissStore(dim) if self.base.exact else HalfStore(dim)
+        self.noise, self.exact = self.base.noise, self.base.exact
+        self._left = np.empty(0, np.int64)
+        """The places in the file of what is not gone, ascending."""
+        self._numbers = np.empty(0, np.int64)
+
+    @property
+    def changed(self) -> int:
+        """How many vectors were added or removed since the file."""
+        return len(self.base.numbers) - len(self._left) + len(self._added.numbers)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        return self._numbers
+
+    def _renumber(self) -> None:
+        self._numbers = np.concatenate([self.base.numbers[self._left], self._added.numbers])
+
+    def add(self, numbers: NDArray[np.int64], vectors: Embeddings) -> None:
+        self._added.add(numbers, vectors)
+        self._renumber()
+
+    def remove(self, gone: Mask) -> None:
+        first = len(self._left)
+        self._left = self._left[~gone[:first]]
+        if gone[first:].any():
+            self._added.remove(gone[first:])
+        self._renumber()
+
+    def nearest(self, queries: Embeddings, count: int, among: Mask | None = None) -> Neighbours:
+        first = len(self._left)
+        left = self._left if among is None else self._left[among[:first]]
+        found = []
+        if len(left):
+            inside = None
+            if len(left) < len(self.base.numbers):
+                inside = np.zeros(len(self.base.numbers), np.bool_)
+                inside[left] = True
+            scores, places = self.base.nearest(queries, min(count, len(left)), inside)
+            found.append((scores, np.searchsorted(self._left, places)))
+        inside = None if among is None else among[first:]
+        added = len(self._added.numbers) if inside is None else int(np.count_nonzero(inside))
+        if added:
+            scores, places = self._added.nearest(queries, min(count, added), inside)
+            found.append((scores, places + first))
+        scores = np.concatenate([scores for scores, _ in found], axis=1)
+        places = np.concatenate([places for _, places in found], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(places, best, 1)
+
+    def rows(self, places: NDArray[np.int64]) -> Embeddings:
+        rows = np.empty((len(places), self._dim), np.float32)
+        mapped = places < len(self._left)
+        rows[mapped] = self.base.rows(self._left[places[mapped]])
+        rows[~mapped] = self._added.rows(places[~mapped] - len(self._left))
+        return rows
+
+    def write(self, path: Path) -> None:
+        """As ever; the whole is in memory meanwhile. FileNotFoundError where the file has been unlinked: then
+        there is a newer one."""
+        whole = self._new_store(self._dim)
+        if self._path is not None:
+            whole.read(self._path)
+            gone = np.ones(len(whole.numbers), np.bool_)
+            gone[self._left] = False
+            if gone.any():
+                whole.remove(gone)
+        added = self._added.numbers
+        if len(added):
+            whole.add(added, self._added.rows(np.arange(len(added))))
+        whole.write(path)
+
+    def read(self, path: Path, *, mapped: bool = True) -> None:
+        self.base.read(path, mapped=True)
+        self._path = path
+        self._left = np.arange(len(self.base.numbers))
+        self._renumber()
 
 
 class OwnerThread:
@@ -249,7 +385,7 @@ class MirroredStore(FaissStore):
         self, dim: int, *, new_mirror: Callable[[int], Any], owner: OwnerThread, half: bool = False
     ) -> None:
         super().__init__(dim)
-        self.noise = _noise(dim, half=half)
+        self.noise = noise_of(dim, half=half or not self.exact)
         self._new_mirror = new_mirror
         self._owner = owner
         self._mirror: list[Any] = []
@@ -308,14 +444,18 @@ class MirroredStore(FaissStore):
             mirror.reset()
             self._places = np.empty(0, np.int64)
             self._gone = 0
-        vectors = self._vectors()
-        mirrored = len(self._places) - self._gone
-        if mirrored < len(vectors):
+        mirrored, total = len(self._places) - self._gone, len(self.numbers)
+        if mirrored < total:
             self._trusted = False
-            mirror.add(vectors[mirrored:])
+            for start in range(mirrored, total, _ROWS_AT_ONCE):
+                mirror.add(self.rows(np.arange(start, min(start + _ROWS_AT_ONCE, total))))
             self._trusted = True
-            self._places = np.concatenate([self._places, np.arange(mirrored, len(vectors))])
+            self._places = np.concatenate([self._places, np.arange(mirrored, total)])
         return mirror
+
+
+class MirroredHalfStore(MirroredStore, HalfStore):
+    """The same where the host's copy has 16 bits a number, too."""
 
 
 _GPU_OWNER = OwnerThread("faiss-gpu")
@@ -343,19 +483,22 @@ _ROWS_AT_ONCE = 1 << 16
 
 
 class TorchStore:
-    """One float32 matrix on a torch device: a product, then the largest.
+    """One matrix on a torch device: a product, then the largest. With `half` it is float16.
 
-    Full float32 on a GPU, too, as long as nobody in the process turns on TF32, which torch leaves off.
+    Products are float32's either way, also on a GPU, as long as nobody in the process turns on TF32, which
+    torch leaves off. A float16 matrix is widened by parts: torch's own half products are not accurate enough.
     """
 
-    def __init__(self, dim: int, *, device: str = "cpu") -> None:
+    def __init__(self, dim: int, *, device: str = "cpu", half: bool = False) -> None:
         import torch
 
-        self.noise = _noise(dim)
+        self.noise = noise_of(dim, half=half)
+        self.exact = not half
         self._torch = torch
         self._dim = dim
         self._numbers = np.empty(0, np.int64)
-        self._matrix = torch.empty((0, dim), dtype=torch.float32, device=device)
+        self._new_host: StoreMaker = HalfStore if half else FaissStore
+        self._matrix = torch.empty((0, dim), dtype=torch.float16 if half else torch.float32, device=device)
         """The first len(self._numbers) rows are in use."""
 
     @property
@@ -388,7 +531,7 @@ class TorchStore:
         hidden = None if among is None else self._tensor(~among)
         scores, places = [], []
         for part in self._torch.split(self._tensor(queries), max(1, _SCORES_AT_ONCE // len(vectors))):
-            products = part @ vectors.T
+            products = self._products(part, vectors)
             if hidden is not None:
                 products.masked_fill_(hidden, -self._torch.inf)
             best = self._torch.topk(products, count, dim=1)
@@ -396,20 +539,26 @@ class TorchStore:
             places.append(best.indices.cpu().numpy())
         return np.concatenate(scores), np.concatenate(places)
 
+    def _products(self, queries: "torch.Tensor", vectors: "torch.Tensor") -> "torch.Tensor":
+        if self.exact:
+            return queries @ vectors.T
+        parts = self._torch.split(vectors, _ROWS_AT_ONCE)
+        return self._torch.cat([queries @ part.float().T for part in parts], dim=1)
+
     def rows(self, places: NDArray[np.int64]) -> Embeddings:
-        chosen: Embeddings = self._matrix[self._tensor(places)].cpu().numpy()
+        chosen: Embeddings = self._matrix[self._tensor(places)].float().cpu().numpy()
         return chosen
 
     def _tensor(self, values: NDArray[Any]) -> "torch.Tensor":
         return self._torch.tensor(values, device=self._matrix.device)
 
     def write(self, path: Path) -> None:
-        host = FaissStore(self._dim)
-        host.add(self._numbers, self._vectors().cpu().numpy())
+        host = self._new_host(self._dim)
+        host.add(self._numbers, self._vectors().float().cpu().numpy())
         host.write(path)
 
-    def read(self, path: Path) -> None:
-        host = FaissStore(self._dim)
+    def read(self, path: Path, *, mapped: bool = False) -> None:
+        host = self._new_host(self._dim)
         host.read(path)
         everything = np.arange(len(host.numbers))
         self.add(host.numbers, host.rows(everything))

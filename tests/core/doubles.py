@@ -6,13 +6,23 @@ input gives the same vector), cost microseconds, and understand nothing.
 
 import itertools
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Recording, StoredModel
+from clasp_core.catalog import (
+    Catalog,
+    EmbeddedSegment,
+    NewRecording,
+    Recording,
+    StoredModel,
+    note_change,
+)
+from clasp_core.database import RECORDINGS, SEGMENTS
 from clasp_core.library import Library
 from clasp_core.models import Heard
 from clasp_core.types import SAMPLING_RATE, Embeddings, Waveform
@@ -116,6 +126,28 @@ def complete(catalog: Catalog, recording: Recording, vectors: Embeddings, model:
     return catalog.complete(
         recording.key, owner, duration_s=float(len(vectors)), model=model, segments=segments_of(vectors)
     )
+
+
+def store_ready(catalog: Catalog, model: str, recordings: Mapping[int, Embeddings]) -> None:
+    """Ready recordings of these keys, called by them, with these vectors; in one transaction, and without any
+    bytes, so that a hundred thousand are a minute."""
+    now = datetime.now(UTC).replace(tzinfo=None)
+    rows = [
+        {"key": key, "id": f"{key}", "collection": "default", "sha256": f"{key:064x}", "size_bytes": 1}
+        | {"metadata": {}, "created_at": now, "status": "ready", "duration_s": float(len(vectors))}
+        | {"segments": len(vectors), "model": model, "attempts": 0}
+        for key, vectors in recordings.items()
+    ]
+    segments = [
+        {"recording": key, "model": model, "ordinal": ordinal, "vector": vector.tobytes()}
+        | {"start_s": float(ordinal), "end_s": ordinal + 1.0, "transcript": None}
+        for key, vectors in recordings.items()
+        for ordinal, vector in enumerate(vectors)
+    ]
+    with catalog.database.writing() as db:
+        db.execute(sa.insert(RECORDINGS), rows)
+        db.execute(sa.insert(SEGMENTS), segments)
+        note_change(db, list(recordings))
 
 
 # --- a library with bytes, embedded without audio

@@ -11,9 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from clasp_core.errors import IndexUnavailable
+from clasp_core.ivf import IvfStore
 from clasp_core.vectors import (
     DEEPEST,
     FaissStore,
+    HalfStore,
+    Kind,
+    MappedStore,
+    MirroredHalfStore,
     MirroredStore,
     OwnerThread,
     StoreMaker,
@@ -67,24 +72,57 @@ def mirrored(*, half: bool = False) -> StoreMaker:
     return partial(MirroredStore, new_mirror=new_mirror, owner=_OWNER, half=half)
 
 
+def seven_lists(dim: int) -> IvfStore:
+    """All of which are looked at, as long as nobody says that fewer are enough."""
+    centres = np.random.default_rng(7).normal(size=(7, dim))
+    return IvfStore(dim, centres=(centres / np.linalg.norm(centres, axis=1, keepdims=True)).astype("f4"))
+
+
 IN_MAIN_MEMORY: dict[str, StoreMaker] = {
     "faiss": FaissStore,
     "torch": TorchStore,
     "mirrored": mirrored(),
     "mirrored-half": mirrored(half=True),
+    "mapped": partial(MappedStore, new_store=FaissStore),
 }
+ROUNDED: dict[str, StoreMaker] = {
+    "half": HalfStore,
+    "torch-half": partial(TorchStore, half=True),
+    "mirrored-half-of-half": partial(
+        MirroredHalfStore, new_mirror=partial(FlatIndexWithAGpusManners, half=True), owner=_OWNER
+    ),
+    "ivf": seven_lists,
+    "mapped-half": partial(MappedStore, new_store=HalfStore),
+    "mapped-ivf": partial(MappedStore, new_store=seven_lists),
+}
+"""Those that keep 16 bits a number, and are told the others."""
 ON_A_GPU: dict[str, Callable[[], StoreMaker]] = {
     "torch-cuda": partial(store_for, "torch", "cuda"),
     "faiss-cuda": partial(store_for, "faiss", "cuda"),
     "faiss-cuda-half": partial(store_for, "faiss", "cuda", half=True),
+    "faiss-cuda-half-of-half": partial(store_for, "faiss", "cuda", kind="half"),
+    "torch-cuda-half": partial(store_for, "torch", "cuda", kind="half"),
 }
-EVERY_STORE = [*IN_MAIN_MEMORY, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)]
+_LIKE_OTHERS = ("torch-half", "mirrored-half-of-half", "mapped-half")
+"""Made of parts that others test as well: not in every run."""
+EVERY_STORE = [
+    *IN_MAIN_MEMORY,
+    *(pytest.param(name, marks=[pytest.mark.slow] * (name in _LIKE_OTHERS)) for name in ROUNDED),
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU),
+]
+
+
+def kind_of(name: str) -> Kind:
+    """What that store's snapshots are called; those of one kind read each other's."""
+    if "ivf" in name:
+        return "ivf"
+    return "half" if name in ROUNDED or name in ("faiss-cuda-half-of-half", "torch-cuda-half") else "flat"
 
 
 def store_named(name: str) -> StoreMaker:
     """That store; skips the test, and says why, where this machine has no GPU for it."""
-    if name in IN_MAIN_MEMORY:
-        return IN_MAIN_MEMORY[name]
+    if name in IN_MAIN_MEMORY | ROUNDED:
+        return (IN_MAIN_MEMORY | ROUNDED)[name]
     try:
         return ON_A_GPU[name]()
     except IndexUnavailable as error:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from clasp_core.catalog import Changes
 from clasp_core.encoders.weights import sha256_of
-from clasp_core.index import Match, VectorIndex
+from clasp_core.index import Match, Reader, VectorIndex
 from clasp_core.types import Embeddings
-from clasp_core.vectors import FaissStore, StoreMaker
+from clasp_core.vectors import FaissStore, Kind, StoreMaker
 from tests.core.doubles import processes, random_vectors, unit
-from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, store_named
+from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, ROUNDED, kind_of, store_named
 
 Contents = Mapping[int, Embeddings]
 """Each recording's vectors, in order."""
@@ -49,8 +49,36 @@ def changes(seq: int, recordings: Contents, gone: Iterable[int] = (), dim: int =
     )
 
 
-def filled(recordings: Contents, seq: int = 1, new_store: StoreMaker = FaissStore) -> VectorIndex:
-    index = VectorIndex(len(next(iter(recordings.values()))[0]), MODEL, new_store)
+class Told(VectorIndex):
+    """An index beside a catalogue, which here is a dictionary of what it was given."""
+
+    def __init__(
+        self,
+        dim: int,
+        model: str,
+        new_store: StoreMaker = FaissStore,
+        *,
+        kind: Kind = "flat",
+        read: Reader | None = None,
+    ) -> None:
+        self.kept: dict[tuple[int, int], NDArray[np.float32]] = {}
+        super().__init__(dim, model, new_store, kind=kind, read=read or self._kept)
+
+    def _kept(self, segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
+        return {segment: self.kept[segment] for segment in segments if segment in self.kept}
+
+    def apply(self, changes: Changes) -> None:
+        super().apply(changes)
+        named = zip(changes.owners.tolist(), changes.ordinals.tolist(), strict=True)
+        now = dict(zip(named, changes.vectors, strict=True))
+        others = {name: row for name, row in self.kept.items() if name[0] not in changes.recordings}
+        self.kept = others | now  # at once: others search meanwhile
+
+
+def filled(
+    recordings: Contents, seq: int = 1, new_store: StoreMaker = FaissStore, kind: Kind = "flat"
+) -> Told:
+    index = Told(len(next(iter(recordings.values()))[0]), MODEL, new_store, kind=kind)
     index.apply(changes(seq, recordings))
     return index
 
@@ -135,7 +163,7 @@ questions = st.lists(st.tuples(vectors, st.integers(1, 15)), min_size=1, max_siz
 selections = st.none() | st.lists(st.integers(0, 14), unique=True, max_size=8).map(sorted)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(updates, max_size=6), questions, selections, st.integers(1, 6))
 def test_it_finds_what_the_slow_search_finds(
     new_store: StoreMaker,
@@ -146,7 +174,7 @@ def test_it_finds_what_the_slow_search_finds(
 ) -> None:
     """Whatever was added, replaced and removed before, however many cosines are the same: the right
     recordings, in full where they tie, with the right scores and segments. Anything less is a hit lost."""
-    index = VectorIndex(4, MODEL, new_store)
+    index = Told(4, MODEL, new_store)
     recordings: dict[int, Embeddings] = {}
     for seq, update in enumerate(history, 1):
         now = {key: POOL[chosen] for key, chosen in update.items() if chosen}
@@ -197,7 +225,7 @@ def test_one_recording_of_a_thousand_close_segments_hides_no_other(new_store: St
 
 def test_a_search_for_nothing_or_in_nothing_is_empty(new_store: StoreMaker) -> None:
     """A fresh library answers; so does a filter that nobody passes."""
-    index = VectorIndex(4, MODEL, new_store)
+    index = Told(4, MODEL, new_store)
     assert index.search(POOL[:2], [10, 10]) == [[], []]
     assert index.search(POOL[:0], []) == []
     index.apply(changes(1, {1: POOL}))
@@ -367,30 +395,45 @@ def test_a_saved_index_comes_back_and_goes_on(folder: Path) -> None:
     assert len(list(folder.glob("vectors-*"))) == 1, "old snapshots fill the disk"
 
 
-@pytest.mark.parametrize("before", IN_MAIN_MEMORY)
-def test_every_store_goes_on_from_every_other_s_snapshot(
-    folder: Path, before: str, new_store: StoreMaker
-) -> None:
+IN_TURN = [
+    *(("faiss", name) for name in IN_MAIN_MEMORY),
+    *((name, "faiss") for name in IN_MAIN_MEMORY),
+    *(("half" if kind_of(name) == "half" else "ivf", name) for name in ROUNDED),
+    *((name, "half" if kind_of(name) == "half" else "ivf") for name in ROUNDED),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), IN_TURN)
+def test_stores_of_a_kind_go_on_from_each_other_s_snapshots(folder: Path, before: str, after: str) -> None:
     """To change CLASP_VECTOR_STORE is to restart, not to read everything again; and what was rounded for a
     GPU's sake does not stay rounded."""
-    filled(RECORDINGS, SEQ, store_named(before)).save(folder)
-    index = VectorIndex.load(folder, DIM, MODEL, new_store)
+    first = filled(RECORDINGS, SEQ, store_named(before), kind_of(before))
+    first.save(folder)
+
+    def loaded(name: str) -> VectorIndex:
+        others = {kind_of(name): store_named(name)}
+        return VectorIndex.load(folder, DIM, MODEL, store_named(name), others=others, read=first._kept)
+
+    index = loaded(after)
+    assert index.kind == kind_of(before)
     assert_whole(index)
-    index.apply(changes(SEQ + 1, {}, gone=[5]))
+    now = {key: rows for key, rows in RECORDINGS.items() if key != 5} | {40: random_vectors(40, 3)}
+    first.apply(changes(SEQ + 1, {40: now[40]}, gone=[5]))
+    index.apply(changes(SEQ + 1, {40: now[40]}, gone=[5]))
     index.save(folder)
-    again = VectorIndex.load(folder, DIM, MODEL, store_named(before))
+    again = loaded(before)
     assert again.seq == SEQ + 1
-    now = {key: rows for key, rows in RECORDINGS.items() if key != 5}
-    query = RECORDINGS[7][0]
-    check_matches(again.search(query[None], [30])[0], now, query, 30)
+    for query in (RECORDINGS[7][0], now[40][1]):
+        check_matches(index.search(query[None], [30])[0], now, query, 30)
+        check_matches(again.search(query[None], [30])[0], now, query, 30)
 
 
 def test_an_empty_index_can_be_saved(tmp_path: Path, new_store: StoreMaker) -> None:
     """A library from which all was deleted has a history, too, and need not read it again."""
-    index = VectorIndex(DIM, MODEL, new_store)
+    index = Told(DIM, MODEL, new_store)
     index.apply(changes(9, {}, gone=[1]))
     index.save(tmp_path)
-    again = VectorIndex.load(tmp_path, DIM, MODEL, new_store)
+    again = Told.load(tmp_path, DIM, MODEL, new_store)
     assert again.seq == 9
     again.apply(changes(10, RECORDINGS))
     query = RECORDINGS[7][0]
@@ -436,7 +479,12 @@ DAMAGES: dict[str, Damage] = {
     ),
     "model": manifest_with(model="another model"),
     "dimension": manifest_with(dim=DIM + 1),
-    "format": manifest_with(format=2),
+    "format": manifest_with(format=3),
+    "kind": manifest_with(kind="half"),
+    "unknown kind": manifest_with(kind="quarter"),
+    "kind of another type": manifest_with(kind=["flat"]),
+    "format before kinds": manifest_with(format=1, kind="half"),
+    "recall of nothing": manifest_with(recall={}),
     "count": manifest_with(count=3),
     "checksum": manifest_with(sha256="0" * 64),
     "newer": manifest_with(seq=SEQ + 1),
@@ -512,9 +560,21 @@ def test_only_one_process_saves_at_a_time(folder: Path) -> None:
     assert VectorIndex.load(folder, DIM, MODEL).seq == SEQ + 1
 
 
-def save_until_killed(folder: Path, saved: Connection) -> None:
+def twenty_each(segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
+    """A catalogue in which each recording has twenty vectors of its number."""
+    return {(key, ordinal): random_vectors(key, 20)[ordinal] for key, ordinal in segments}
+
+
+def loaded(folder: Path, name: str) -> VectorIndex:
+    """The index of such a catalogue, of that kind from its beginning."""
+    index = VectorIndex.load(folder, DIM, MODEL, store_named(name), read=twenty_each)
+    index.kind = kind_of(name)
+    return index
+
+
+def save_until_killed(folder: Path, saved: Connection, name: str) -> None:
     """Each change adds a recording of its own number and removes the thirtieth before it."""
-    index = VectorIndex.load(folder, DIM, MODEL)
+    index = loaded(folder, name)
     while True:
         seq = index.seq + 1
         index.apply(changes(seq, {seq: random_vectors(seq, 20)}, gone=[seq - 30]))
@@ -522,14 +582,15 @@ def save_until_killed(folder: Path, saved: Connection) -> None:
         saved.send(seq)
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["faiss", *(pytest.param(n, marks=pytest.mark.slow) for n in ROUNDED)])
+def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path, name: str) -> None:
     """Between "new file" and "new manifest" there is no moment at which a restart finds something wrong, or
     has to do without what an earlier save had finished."""
     context = processes()
     saved = 0
     for life in range(6):
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=save_until_killed, args=(tmp_path, writer))
+        process = context.Process(target=save_until_killed, args=(tmp_path, writer, name))
         process.start()
         writer.close()
         for _ in range(2 + life):
@@ -538,7 +599,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_snapshot(tmp_path: Path) -
         process.join()
         assert process.exitcode == -signal.SIGKILL
         reader.close()
-        index = VectorIndex.load(tmp_path, DIM, MODEL)
+        index = loaded(tmp_path, name)
         assert index.seq >= saved
         now = {key: random_vectors(key, 20) for key in range(max(1, index.seq - 29), index.seq + 1)}
         assert len(index) == 20 * len(now)

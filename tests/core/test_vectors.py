@@ -23,7 +23,7 @@ from clasp_core.types import Embeddings
 from clasp_core.vectors import DEEPEST, FaissStore, MirroredStore, OwnerThread, TorchStore, store_for
 from tests.core.doubles import DIM, MODEL, add, random_vectors, unit
 from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, FlatIndexWithAGpusManners, store_named
-from tests.core.test_index import changes, check_matches, filled
+from tests.core.test_index import Told, changes, check_matches, filled
 
 # --- agreement
 
@@ -39,7 +39,7 @@ def clustered(seed: int, count: int, dim: int) -> Embeddings:
 def test_stores_give_the_same_answers_through_any_history(name: str) -> None:
     """Whoever changes CLASP_VECTOR_STORE or moves to a GPU gets the same recordings with the very same
     scores; a result that depends on the machine cannot be reproduced or reported."""
-    index, reference = VectorIndex(32, MODEL, store_named(name)), VectorIndex(32, MODEL)
+    index, reference = Told(32, MODEL, store_named(name)), VectorIndex(32, MODEL)
     chance = random.Random(5)
     contents: dict[int, Embeddings] = {}
     for seq in range(1, 25):
@@ -82,7 +82,7 @@ def test_scores_are_as_near_the_exact_ones_as_the_store_says(name: str) -> None:
     exact = np.take_along_axis(queries.astype(np.float64) @ vectors.astype(np.float64).T, places, 1)
     worst = np.abs(scores - exact).max()
     assert worst < store.noise
-    if "half" in name:
+    if "half" in name or "ivf" in name:
         assert worst > 1e-5, "nothing was rounded: this is no half precision"
 
 
@@ -134,7 +134,11 @@ def test_a_store_keeps_order_and_bits(name: str) -> None:
     store.remove(np.zeros(len(store.numbers), np.bool_))
     assert np.array_equal(store.numbers, numbers[~gone])
     everything = np.arange(len(store.numbers))
-    assert np.array_equal(store.rows(everything), vectors[~gone])
+    some = everything[:: 1 if "ivf" not in name else 5000]
+    rows = store.rows(some)
+    if store.exact:
+        assert np.array_equal(rows, vectors[~gone][some])
+    assert np.allclose(rows, vectors[~gone][some], rtol=2.0**-11, atol=1e-7)
     scores, places = store.nearest(vectors[:3], 5)
     assert scores.shape == places.shape == (3, 5)
     assert np.all(np.diff(scores, axis=1) <= 0)
