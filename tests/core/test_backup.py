@@ -518,7 +518,7 @@ def test_an_older_library_is_not_upgraded_by_its_backup_and_a_newer_one_refused(
         add(library, "a", random_vectors(1, 1))
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as db:
         db.execute("UPDATE alembic_version SET version_num = '0003'")
-        for table in ("api_keys", "once"):
+        for table in ("api_keys", "library", "once", "turns"):
             db.execute(f"DROP TABLE {table}")
         db.commit()
     before = state(data_dir)

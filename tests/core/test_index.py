@@ -60,9 +60,10 @@ class Told(VectorIndex):
         *,
         kind: Kind = "flat",
         read: Reader | None = None,
+        flat: StoreMaker | None = None,
     ) -> None:
         self.kept: dict[tuple[int, int], NDArray[np.float32]] = {}
-        super().__init__(dim, model, new_store, kind=kind, read=read or self._kept)
+        super().__init__(dim, model, new_store, kind=kind, read=read or self._kept, flat=flat)
 
     def _kept(self, segments: Sequence[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float32]]:
         return {segment: self.kept[segment] for segment in segments if segment in self.kept}

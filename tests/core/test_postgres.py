@@ -178,7 +178,10 @@ def test_no_sweep_takes_what_is_being_registered(catalog: Catalog) -> None:
 
     def sweep() -> None:
         while not over.is_set():
-            catalog.sweep([f"{number:064x}" for number in range(40)], bytes_there.discard)
+            catalog.sweep(
+                [f"{number:064x}" for number in range(40)],
+                lambda *unused: bytes_there.difference_update(unused),
+            )
 
     def send(first: int) -> None:
         for number in range(first, 40, 4):
