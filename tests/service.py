@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from tests.postgres import database_settings
+
 T = TypeVar("T")
 START_WITHIN_S = 120
 ROOT = Path(__file__).parent.parent
@@ -29,13 +31,21 @@ def environment(**settings: object) -> dict[str, str]:
     return kept | {f"CLASP_{name.upper()}": str(value) for name, value in settings.items()}
 
 
+def engines(data_dir: Path) -> dict[str, object]:
+    """Settings for the engines that the environment wants the service to be tested with, instead of those
+    that need nothing: CLASP_TEST_DATABASE=postgresql. The same for the same data directory."""
+    return {**database_settings(data_dir)}
+
+
 def clasp(
     *arguments: object, cwd: Path, within_s: float = 120, program: str = "app.cli", **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
+    data_dir = Path(str(settings.get("data_dir", cwd / "index_data")))
+    settings = engines(data_dir) | {"threads": 1} | settings
     return subprocess.run(
         [sys.executable, "-m", program, *map(str, arguments)],
-        env=environment(**({"threads": 1} | settings)) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        env=environment(**settings) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -60,7 +70,8 @@ class RunningService:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.settings = {"data_dir": data_dir / "index_data", "threads": 1} | settings
+        where = Path(str(settings.get("data_dir", data_dir / "index_data")))
+        self.settings = {"data_dir": where, "threads": 1} | engines(where) | settings
         self.new_process: Any = subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)

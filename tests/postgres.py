@@ -1,0 +1,97 @@
+"""A real PostgreSQL for tests: a server of this process's own, from the package `pgserver`, or one that
+CLASP_TEST_POSTGRES names (`postgresql://user:password@host/postgres`, of one who may create databases).
+
+    url = postgres_url()  # a database that is fresh and empty
+"""
+
+import atexit
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+_starting = threading.Lock()
+_databases: list[str] = []
+_of_folder: dict[Path, str] = {}
+
+
+def postgres_url() -> str:
+    """The URL of a fresh, empty database, which is dropped when this process ends. Other processes can use
+    it as well: it leads through a socket in the file system. Skips the test where there is no PostgreSQL."""
+    with _starting:
+        name = f"clasp_{uuid4().hex[:12]}"
+        _run(f"CREATE DATABASE {name}")
+        _databases.append(name)
+    return sa.make_url(_server()).set(database=name).render_as_string(hide_password=False)
+
+
+def drop(url: str) -> None:
+    """Drop a database of `postgres_url`, whoever uses it."""
+    name = sa.make_url(url).database
+    assert name in _databases
+    _databases.remove(name)
+    _run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+def database_settings(data_dir: Path) -> dict[str, str]:
+    """What puts the catalogue of a data directory where CLASP_TEST_DATABASE says: with `postgresql`, into a
+    database that is this directory's for as long as this process runs; else nothing."""
+    if os.environ.get("CLASP_TEST_DATABASE", "sqlite") == "sqlite":
+        return {}
+    assert os.environ["CLASP_TEST_DATABASE"] == "postgresql"
+    data_dir = data_dir.absolute()
+    if data_dir not in _of_folder:
+        _of_folder[data_dir] = postgres_url()
+    return {"database_url": _of_folder[data_dir]}
+
+
+@cache
+def _server() -> str:
+    """The URL of the server's own database."""
+    if named := os.environ.get("CLASP_TEST_POSTGRES"):
+        return named
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would like to have XDG_RUNTIME_DIR
+        pgserver: Any = pytest.importorskip("pgserver", reason="there is no PostgreSQL: pip install pgserver")
+    # its socket lies in there too, and a socket's path can have 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="clasp-pg-", dir="/tmp"))
+    for attempt in range(3):
+        with suppress(Exception if attempt < 2 else ()):
+            server = pgserver.get_server(folder / "data", cleanup_mode=None)
+            break
+    atexit.register(_end, server.get_pid(), folder)
+    return str(server.get_uri())
+
+
+def _end(pid: int, folder: Path) -> None:
+    """At once, since what it has is thrown away: a polite end waits for a checkpoint and for others."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGQUIT)
+    deadline = time.monotonic() + 10
+    while (folder / "data" / "postmaster.pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(statement: str) -> None:
+    engine = sa.create_engine(_server(), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as db:
+        db.exec_driver_sql(statement)
+
+
+@atexit.register
+def _drop_all() -> None:
+    """Where the server is not ours to end."""
+    while os.environ.get("CLASP_TEST_POSTGRES") and _databases:
+        drop(sa.make_url(_server()).set(database=_databases[-1]).render_as_string(hide_password=False))
