@@ -283,6 +283,7 @@ class Network:
                 self.complain(f"{kept[name]} is {told}")
         segments = sum(item["segments"] for item in listings[0])
         for number, api in enumerate(self.stack.apis):
+            api.found("anything", limit=1)  # brings its index up to date
             if (vectors := api.metric("clasp_index_vectors")) != segments:
                 self.complain(f"the index of API {number} has {vectors:g} vectors of {segments} segments")
         if (files := self.stack.contents()) != set(hashes.values()):

@@ -83,7 +83,7 @@ class Stack:
     ) -> None:
         for worker in self.workers:
             if worker.process is not None:
-                worker.process.kill()
+                worker.kill()
         for api in self.apis:
             api.__exit__(kind, error, trace)
         eventually(lambda: not self.processes(), within_s=40)

@@ -186,7 +186,7 @@ def follow(pair: tuple[RunningService, RunningService], recordings: int) -> None
 def test_what_one_replica_acknowledged_the_other_searches(pair: tuple[RunningService, RunningService]) -> None:
     """The bound is none: a search that begins after the answer to a deletion, or after `ready` was seen,
     whereever it is asked, knows of it."""
-    follow(pair, recordings=16)
+    follow(pair, recordings=12)
 
 
 @pytest.mark.slow
@@ -251,16 +251,10 @@ def run_reindex(stack: Stack, model: str) -> None:
         assert verb.wait(60) == 0, (stack.data_dir / "reindex.log").read_text()
 
 
-def test_nothing_is_lost_or_doubled_while_all_of_them_are_killed(tmp_path: Path) -> None:
+def test_nothing_is_lost_or_doubled_while_all_of_them_are_killed(stack: Stack, tmp_path: Path) -> None:
     """A small run of `python -m tests.network_test`."""
     figures = run(
-        tmp_path,
-        uploads=60,
-        clients=6,
-        seed=3,
-        database_url=postgres_url(),
-        kill_every_s=0.7,
-        kills=4,
+        tmp_path, uploads=40, clients=4, seed=3, database_url=postgres_url(), kill_every_s=0.7, kills=3
     )
     assert figures["complaints"] == []
-    assert sum(figures["kills"].values()) == 4
+    assert figures["kills"] == {"api": 1, "worker": 2}
