@@ -1,17 +1,17 @@
-"""Several APIs and workers on one catalogue, under load, while they are killed: nothing lost, nothing doubled.
+"""Several APIs and workers on one catalogue, under load and under fire: nothing is lost, nothing doubled.
 
     python -m tests.network_test --uploads 5000 --clients 16 --seed 1
     python -m tests.network_test --uploads 500 --vector-store milvus
 
-Starts PostgreSQL (and Milvus), two `clasp serve` and three `clasp worker`, each a process of its own, with the
-stand-in model, whose encoders cost nothing. Clients upload (with an `Idempotency-Key`), delete one in ten, and
-search; whoever gets no answer, or is told to come again, asks the other API the same. Every few seconds a
+Starts PostgreSQL (and Milvus), two `clasp serve` and three `clasp worker`, each a process of its own, with
+the stand-in model, whose encoders cost nothing. Clients upload (with an `Idempotency-Key`), delete one in ten,
+and search; whoever gets no answer, or is told to come again, asks the other API the same. Every few seconds a
 worker, and now and then an API, gets SIGKILL and is started again. While this goes on,
 
 - what was answered `204` to a deletion must never again be found, by whatever API;
 - what one API calls `ready` must be found by the other with its own sound.
 
-In the end, when what was cut short is asked for again and all is embedded, `Network.check` looks at everything.
+In the end, when all is embedded, `Network.check` looks at everything.
 Prints the figures, and as JSON with --out; the exit status is 1 where anything was violated.
 """
 
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import sqlalchemy as sa
 
 from clasp_core.database import RECORDINGS, SEGMENTS
@@ -75,7 +74,9 @@ class Client:
         for connection in self._connections:
             connection.close()
 
-    def ask(self, kind: str, method: str, path: str, *, api: int | None = None, **more: Any) -> httpx.Response:  # noqa: ANN401
+    def ask(
+        self, kind: str, method: str, path: str, *, api: int | None = None, **more: Any
+    ) -> httpx.Response:
         """The first answer that is one, from that API or from any."""
         deadline = time.monotonic() + PATIENCE_S
         network, turn = self._network, self.chance.randrange(APIS) if api is None else api
@@ -88,7 +89,9 @@ class Client:
             except httpx.TransportError as error:
                 network.count(f"{kind} {type(error).__name__}")
             else:
-                network.count(f"{kind} {answer.status_code}", None if attempt else time.perf_counter() - began)
+                network.count(
+                    f"{kind} {answer.status_code}", None if attempt else time.perf_counter() - began
+                )
                 in_flight = answer.status_code == 409 and answer.json()["code"] == "idempotency_in_flight"
                 if answer.status_code not in COME_AGAIN and not in_flight:
                     return answer
@@ -102,9 +105,7 @@ class Client:
         headers = {"Idempotency-Key": f"upload-{number}"}
         content = self._network.content(number)
         form = {"metadata": json.dumps({"n": number})}
-        answer = self.ask(
-            "upload", "POST", "/audio", files={"file": content}, data=form, headers=headers
-        )
+        answer = self.ask("upload", "POST", "/audio", files={"file": content}, data=form, headers=headers)
         if answer.status_code != 202:
             self._network.complain(f"upload of {number}: {answer.status_code} {answer.text[:300]}")
             return
@@ -161,7 +162,9 @@ class Client:
 class Network:
     """The stack, what clients were told, and what was done to it."""
 
-    def __init__(self, folder: Path, *, database_url: str, seed: int, new_process: Any, **settings: object) -> None:  # noqa: ANN401
+    def __init__(
+        self, folder: Path, *, database_url: str, seed: int, new_process: Any, **settings: object
+    ) -> None:
         self.stack = Stack(
             folder,
             apis=APIS,
@@ -293,7 +296,7 @@ class Network:
         self._check_searches(kept, clients)
 
     def _check_catalogue(self, contents: dict[str, bytes], segments: int) -> None:
-        """In SQL, beside the program: nothing is there twice, and every vector is the one that it should be."""
+        """In SQL, beside the program: nothing is there twice, and every vector is the right one."""
         engine = sa.create_engine(self._database_url)
         try:
             with engine.connect() as db:

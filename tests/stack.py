@@ -1,7 +1,6 @@
 """Several `clasp serve` without workers of their own, and several `clasp worker`, on one catalogue."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from tests.service import ROOT, RunningService, environment, eventually, is_aliv
 class Worker:
     """A `clasp worker`, as an operator starts it."""
 
-    def __init__(self, folder: Path, *, program: str, new_process: Any, settings: dict[str, Any]) -> None:  # noqa: ANN401
+    def __init__(self, folder: Path, *, program: str, new_process: Any, settings: dict[str, Any]) -> None:
         self.log_path = folder / "worker.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._folder = folder
@@ -56,7 +55,7 @@ class Stack:
         apis: int = 2,
         workers: int = 1,
         program: str = "tests.stand_in",
-        new_process: Any = subprocess.Popen,  # noqa: ANN401
+        new_process: Any = subprocess.Popen,
         **settings: object,
     ) -> None:
         """`settings` are everybody's, the data directory among them."""
@@ -131,5 +130,5 @@ class Stack:
 def _writers(logs: set[Path]) -> Iterator[int]:
     for link in Path("/proc").glob("[0-9]*/fd/2"):
         with contextlib.suppress(OSError):
-            if Path(os.readlink(link)) in logs:
+            if link.readlink() in logs:
                 yield int(link.parts[2])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_both_tell_the_same_of_everything(pair: tuple[RunningService, RunningSer
 
     etag = first.client.get(f"/audio/{names[0]}").headers["etag"]
     change = {"json": {"metadata": {"n": 10}}, "headers": {"If-Match": etag}}
-    statuses = together(*(lambda api=api: api.client.patch(f"/audio/{names[0]}", **change) for api in pair))
+    statuses = together(*(partial(api.client.patch, f"/audio/{names[0]}", **change) for api in pair))
     assert sorted(answer.status_code for answer in statuses) == [200, 412]
 
     for metric in ("clasp_recordings", "clasp_failed_recordings", "clasp_index_vectors", "clasp_ready"):
@@ -92,13 +93,15 @@ def test_both_tell_the_same_of_everything(pair: tuple[RunningService, RunningSer
         assert api.client.get("/readyz").json()["checks"]["workers"] == "ok"
 
 
-def test_the_same_upload_at_both_at_once_is_one_recording(pair: tuple[RunningService, RunningService]) -> None:
+def test_the_same_upload_at_both_at_once_is_one_recording(
+    pair: tuple[RunningService, RunningService],
+) -> None:
     """A client that saw no answer asks the next replica, while the first may be at it still: what one process
     knows to be in flight, the other does not."""
     for _ in range(10):
         content, headers = recording(), {"Idempotency-Key": f"once-{next(_numbers)}"}
         before = len(pair[0].listed())
-        answers = together(*(lambda api=api: api.upload(content, headers=headers) for api in pair * 2))
+        answers = together(*(partial(api.upload, content, headers=headers) for api in pair * 2))
         done = [answer for answer in answers if answer.status_code != 409]
         assert {answer.status_code for answer in done} == {202}, [answer.text for answer in answers]
         assert len({answer.json()["id"] for answer in done}) == 1
@@ -106,7 +109,7 @@ def test_the_same_upload_at_both_at_once_is_one_recording(pair: tuple[RunningSer
         assert len(pair[0].listed()) == before + 1
     # and without a key the bytes themselves say so
     content = recording()
-    answers = together(*(lambda api=api: api.upload(content) for api in pair))
+    answers = together(*(partial(api.upload, content) for api in pair))
     assert sorted(answer.status_code for answer in answers) == [200, 202]
 
 
@@ -183,7 +186,9 @@ def follow(pair: tuple[RunningService, RunningService], recordings: int) -> None
     assert not trouble
 
 
-def test_what_one_replica_acknowledged_the_other_searches(pair: tuple[RunningService, RunningService]) -> None:
+def test_what_one_replica_acknowledged_the_other_searches(
+    pair: tuple[RunningService, RunningService],
+) -> None:
     """The bound is none: a search that begins after the answer to a deletion, or after `ready` was seen,
     whereever it is asked, knows of it."""
     follow(pair, recordings=12)
@@ -207,9 +212,7 @@ def test_a_worker_that_is_told_to_end_gives_back_its_recordings(
     worker.start(STAND_IN_PAUSE_S="0.5")
     try:
         long = pair[0].upload(encode(speech(60.0), 16_000)).json()["id"]
-        eventually(
-            lambda: pair[1].client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20
-        )
+        eventually(lambda: pair[1].client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
         began = time.monotonic()
         assert worker.stop() == 0
         assert pair[1].client.get(f"/audio/{long}").json()["status"] == "pending"
@@ -226,17 +229,17 @@ def test_all_follow_to_another_model(stack: Stack, pair: tuple[RunningService, R
     for model in (OTHER, "stand-in"):
         run_reindex(stack, model)
         for api in pair:
-            eventually(lambda api=api: shown(api) == model, within_s=30)
+            eventually(partial(shows, api, model), within_s=30)
             assert api.found_by_sound(content, limit=1)[0]["id"] == "before"
         after = recording()
         name = pair[0].ready(after)["id"]
         assert pair[1].found_by_sound(after, limit=1)[0]["id"] == name
 
 
-def shown(api: RunningService) -> str:
-    """The model that it answers by."""
-    name: str = api.client.get("/search", params={"q": "anything"}).raise_for_status().json()["model"]["name"]
-    return name
+def shows(api: RunningService, model: str) -> bool:
+    """Whether it answers by that model."""
+    answer = api.client.get("/search", params={"q": "anything"}).raise_for_status().json()
+    return bool(answer["model"]["name"] == model)
 
 
 def run_reindex(stack: Stack, model: str) -> None:
