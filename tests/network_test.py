@@ -4,7 +4,7 @@
     python -m tests.network_test --uploads 500 --vector-store milvus
 
 Starts PostgreSQL (and Milvus), two `clasp serve` and three `clasp worker`, each a process of its own, with
-the stand-in model, whose encoders cost nothing. Clients upload (with an `Idempotency-Key`), delete one in ten,
+the stand-in model, whose encoders cost nothing. Clients upload (by an `Idempotency-Key`), delete one in ten,
 and search; whoever gets no answer, or is told to come again, asks the other API the same. Every few seconds a
 worker, and now and then an API, gets SIGKILL and is started again. While this goes on,
 
