@@ -5,8 +5,8 @@
 
 Makes one catalogue of segments in topics (recordings of ten, in several collections, with metadata), and
 lets each engine, in a process of its own and on a copy, build its index from it through `Library`. All are
-asked the same: plain questions, in a collection, by a narrow filter (one recording in a hundred), for segments,
-and again after one in a hundred was deleted. What is right says numpy in float64, over everything. An exact
+asked the same: plain questions, in a collection, by a narrow filter (one recording in 100), for segments, and
+again after one in a hundred was deleted. What is right says numpy in float64, over everything. An exact
 engine must give the same hits in the same order with scores within 1e-5 (what scores alike within that may
 change places); an approximate one must find 95 % of the ten best in each kind of question. The exit status is
 1 where one does not.
