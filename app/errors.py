@@ -54,6 +54,7 @@ STATUS_OF: dict[str, int] = {
     "queue_full": 503,
     "disk_full": 507,
     "not_ready": 503,
+    "database_unavailable": 503,
     # --- raised by this layer
     "unauthorized": 401,
     "forbidden": 403,

@@ -46,7 +46,7 @@ from app.schemas import (
 from app.service import Service
 from clasp_core.access import Grant
 from clasp_core.catalog import Recording
-from clasp_core.errors import DataDamaged, EmptyQuery, InvalidField, RecordingNotFound
+from clasp_core.errors import DatabaseUnavailable, DataDamaged, EmptyQuery, InvalidField, RecordingNotFound
 from clasp_core.index import Grouping
 from clasp_core.language import canonical_tag, normalize_text
 from clasp_core.library import MAX_HITS, Question
@@ -574,11 +574,12 @@ def _preferred_wait(prefer: str | None) -> Seconds | None:
 async def _settled(service: Service, request: Request, recording: Recording, wait_s: Seconds) -> Recording:
     """The recording once it is ready or failed, or as it is when the time is over, the client has gone, or
     the service ends."""
-    deadline = time.monotonic() + wait_s
-    while recording.status in ("pending", "processing") and time.monotonic() < deadline:
+    began = time.monotonic()
+    while recording.status in ("pending", "processing") and (waited := time.monotonic() - began) < wait_s:
         if service.leaving:
             break
-        await anyio.sleep(0.05)
+        # rarer and rarer, so that many who wait long are no burden to the catalogue
+        await anyio.sleep(min(max(0.05, waited / 8), 0.5, wait_s - waited))
         if await request.is_disconnected():
             break
         try:
@@ -589,4 +590,6 @@ async def _settled(service: Service, request: Request, recording: Recording, wai
             raise HttpError(
                 "recording_not_found", "The recording was deleted while it was waited for."
             ) from None
+        except DatabaseUnavailable:  # it is registered all the same
+            continue
     return recording

@@ -4,6 +4,7 @@ import math
 import shutil
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
@@ -19,7 +20,7 @@ from app.tracing import start_tracing, stop_tracing
 from app.workers import Supervisor
 from clasp_core.calibration import calibration_of
 from clasp_core.catalog import StoredModel
-from clasp_core.errors import ClaspError, ModelUnavailable, NotCalibrated
+from clasp_core.errors import ClaspError, DatabaseUnavailable, ModelUnavailable, NotCalibrated
 from clasp_core.library import Library
 from clasp_core.models import Model
 from clasp_core.types import Seconds
@@ -130,7 +131,8 @@ class Service:
         self.metrics.disk_total.set(disk.total)
         self.metrics.observe_gpus("api", gpu_memory())
         self.supervisor.observe()
-        self._observe_library()
+        with suppress(DatabaseUnavailable):  # its gauges stay; `clasp_ready` says that something is wrong
+            self._observe_library()
 
     def _observe_library(self) -> None:
         library = self.library
@@ -186,6 +188,8 @@ class Service:
                 if active is not None and active.fingerprint != self.library.model:
                     self._go_over(active)
                 self._cannot_follow = None
+            except DatabaseUnavailable:
+                continue  # the look at the index says so
             except Exception as error:
                 pause = TRY_AGAIN_AFTER_S
                 detail = error.detail if isinstance(error, ClaspError) else f"{type(error).__name__}: {error}"

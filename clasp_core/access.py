@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog
+from clasp_core.database import API_KEYS, lock
 from clasp_core.errors import InvalidInput
 from clasp_core.library import check_name
 from clasp_core.limits import NO_QUOTA, Held, Quota, Rate
@@ -30,22 +31,6 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _FORM = re.compile(r"clasp_([0-9a-f]{12})_([0-9a-f]{64})")
 _NO_KEY = "0" * 64
 """What the secret is compared with where there is no such key: the SHA-256 of nothing anybody knows."""
-
-_api_keys = sa.Table(
-    "api_keys",
-    sa.MetaData(),
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text),
-    sa.Column("sha256", sa.Text),
-    sa.Column("scopes", sa.JSON),
-    sa.Column("collections", sa.JSON(none_as_null=True)),
-    sa.Column("created_at", sa.DateTime),
-    sa.Column("revoked_at", sa.DateTime),
-    sa.Column("rate", sa.Text),
-    sa.Column("max_recordings", sa.BigInteger),
-    sa.Column("max_bytes", sa.BigInteger),
-    sa.Column("max_hours", sa.Float),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +114,16 @@ class Keys:
         kept = ("id", "name", "scopes", "collections", "created_at")
         row = {field: getattr(key, field) for field in kept} | _limits(rate, quota)
         with self._database.writing() as db:
-            if db.execute(sa.select(_api_keys.c.id).where(_api_keys.c.name == name)).first() is not None:
+            lock(db, f"key called {name}")
+            if db.execute(sa.select(API_KEYS.c.id).where(API_KEYS.c.name == name)).first() is not None:
                 raise InvalidInput(f"There is a key called {name!r} already, or was; take another name.")
-            db.execute(sa.insert(_api_keys).values(**row, sha256=_digest(secret)))
+            db.execute(sa.insert(API_KEYS).values(**row, sha256=_digest(secret)))
         return key, f"clasp_{key.id}_{secret}"
 
     def list(self) -> list[ApiKey]:
         """All that were ever created, oldest first."""
         with self._database.reading() as db:
-            rows = db.execute(sa.select(_api_keys).order_by(_api_keys.c.created_at, _api_keys.c.name))
+            rows = db.execute(sa.select(API_KEYS).order_by(API_KEYS.c.created_at, API_KEYS.c.name))
             return [_key(row) for row in rows]
 
     def held(self) -> dict[str, Held]:
@@ -149,22 +135,22 @@ class Keys:
 
         Raises InvalidInput where there is no such key, or it is revoked.
         """
-        here = _api_keys.c.name == name
+        here = API_KEYS.c.name == name
         with self._database.writing() as db:
-            row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
+            row = db.execute(sa.select(API_KEYS).where(here).with_for_update()).one_or_none()
             if row is None or row.revoked_at is not None:
                 raise InvalidInput(f"There is no key called {name!r}, or it is revoked.")
             old = _key(row)
-            db.execute(sa.update(_api_keys).where(here).values(_limits(*change(old.rate, old.quota))))
-            return _key(db.execute(sa.select(_api_keys).where(here)).one())
+            db.execute(sa.update(API_KEYS).where(here).values(_limits(*change(old.rate, old.quota))))
+            return _key(db.execute(sa.select(API_KEYS).where(here)).one())
 
     def revoke(self, name: str) -> ApiKey:
         """Make a key worthless, for good; doing so again changes nothing. Raises InvalidInput."""
-        here = _api_keys.c.name == name
+        here = API_KEYS.c.name == name
         with self._database.writing() as db:
-            valid = here & _api_keys.c.revoked_at.is_(None)
-            db.execute(sa.update(_api_keys).where(valid).values(revoked_at=_now()))
-            row = db.execute(sa.select(_api_keys).where(here)).one_or_none()
+            valid = here & API_KEYS.c.revoked_at.is_(None)
+            db.execute(sa.update(API_KEYS).where(valid).values(revoked_at=_now()))
+            row = db.execute(sa.select(API_KEYS).where(here)).one_or_none()
         if row is None:
             raise InvalidInput(f"There is no key called {name!r}.")
         return _key(row)
@@ -189,7 +175,7 @@ class Keys:
             row = None
             if (parts := _FORM.fullmatch(given)) is not None:
                 key_id, secret = parts.groups()
-                row = db.execute(sa.select(_api_keys).where(_api_keys.c.id == key_id)).one_or_none()
+                row = db.execute(sa.select(API_KEYS).where(API_KEYS.c.id == key_id)).one_or_none()
                 is_right = hmac.compare_digest(_digest(secret), _NO_KEY if row is None else row.sha256)
             if row is None and not self._fixed and not _is_any(db):
                 return Grant(None, everything)
@@ -202,7 +188,7 @@ class Keys:
 
 def _is_any(db: sa.Connection) -> bool:
     """Whether a key was ever created."""
-    return bool(db.execute(sa.select(sa.exists().select_from(_api_keys))).scalar_one())
+    return bool(db.execute(sa.select(sa.exists().select_from(API_KEYS))).scalar_one())
 
 
 def _key(row: Any) -> ApiKey:  # noqa: ANN401 - SQLAlchemy rows are untyped

@@ -12,6 +12,7 @@ Collections are apart, so that they can belong to tenants who may know nothing o
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -22,7 +23,17 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from clasp_core.database import CHANGES, MODELS, ONCE, RECORDINGS, REINDEXING, SEGMENTS, Database, exists
+from clasp_core.database import (
+    CHANGES,
+    MODELS,
+    ONCE,
+    RECORDINGS,
+    REINDEXING,
+    SEGMENTS,
+    Database,
+    exists,
+    lock,
+)
 from clasp_core.errors import (
     AmbiguousId,
     DataMismatch,
@@ -196,8 +207,9 @@ class Catalog:
     ) -> tuple[Recording, bool]:
         """Make a pending recording, or find the one of its collection that has these bytes already.
 
-        Returns (recording, created). `place` stores the bytes; it runs under the write lock, before the
-        row exists, so no row is ever without its bytes and no sweep can take them between. A recording
+        Returns (recording, created). `place` stores the bytes; it runs before the row exists and keeps sweeps
+        of them out, so no row is ever without its bytes. Where this raises they may be there already, and
+        are to be swept. A recording
         that failed with `processing_failed` is tried afresh when its bytes come again. Raises IdConflict
         where the id belongs to another recording that the caller may see; QuotaExceeded or QueueFull where
         its `admission` leaves no room for a new one; DiskFull.
@@ -207,13 +219,17 @@ class Catalog:
         `failed` one that says so, of which nothing was kept but its id and its time. IdempotencyMismatch
         where a request of that name said something else.
         """
+        names = [f"id {new.id}", f"bytes {new.sha256}", *([] if once is None else [f"once {once.name}"])]
         with self.database.writing() as db:
+            lock(db, _bucket(new.sha256), shared=True)
+            lock(db, *names)
             if once is not None and (before := self._done_before(db, once, new)) is not None:
                 return before
             recording, created = self._register(db, new, place, within, admission)
             if once is not None:
                 _remember(db, once, recording, created)
-            return recording, created
+        self.database.tell()
+        return recording, created
 
     def _register(
         self,
@@ -224,7 +240,7 @@ class Catalog:
         admission: Admission,
     ) -> tuple[Recording, bool]:
         same = (RECORDINGS.c.collection == new.collection) & (RECORDINGS.c.sha256 == new.sha256)
-        if (found := _one(db, same)) is not None:
+        if (found := _one(db, same, to_change=True)) is not None:
             place()
             if found.error_code == ProcessingFailed.code:
                 self._set(db, found.key, status="pending", attempts=0, error_code=None, error_detail=None)
@@ -233,6 +249,7 @@ class Catalog:
             raise IdConflict(f"The id {new.id!r} belongs to another recording.")
         _admit(db, admission, new.size_bytes)
         place()
+        _admit_alone(db, admission, new.size_bytes)
         values = {field: getattr(new, field) for field in NewRecording.__dataclass_fields__}
         values["metadata"] = dict(new.metadata)
         now = datetime.now(UTC).replace(tzinfo=None)
@@ -337,14 +354,14 @@ class Catalog:
         *,
         within: Set[str] | None = None,
     ) -> Recording:
-        """Give a recording the `lang` and `metadata` that `change` makes of what it is; nobody writes
+        """Give a recording the `lang` and `metadata` that `change` makes of what it is; nobody changes it
         meanwhile.
 
         What `change` raises leaves all as it was. Its vectors, its status and its place in lists stay.
         Raises as `get` does.
         """
         with self.database.writing() as db:
-            found = _only(db, recording_id, within)
+            found = _only(db, recording_id, within, to_change=True)
             lang, metadata = change(found)
             self._set(db, found.key, lang=lang, metadata=dict(metadata))
             return self._by_key(db, found.key)
@@ -358,7 +375,8 @@ class Catalog:
     ) -> Recording:
         """Remove a recording with its segments, unless `check` raises. Raises as `get` does."""
         with self.database.writing() as db:
-            found = _only(db, recording_id, within)
+            lock(db, MODEL_LOCK, shared=True)
+            found = _only(db, recording_id, within, to_change=True)
             if check is not None:
                 check(found)
             _delete(db, [found.key])
@@ -376,7 +394,8 @@ class Catalog:
         query = sa.select(RECORDINGS.c.key, RECORDINGS.c.sha256).order_by(RECORDINGS.c.key).limit(limit)
         query = query.where((RECORDINGS.c.key > after) & self._meant(wanted, status))
         with self.database.writing() as db:
-            rows = db.execute(query).all()
+            lock(db, MODEL_LOCK, shared=True)
+            rows = db.execute(query.with_for_update()).all()
             _delete(db, [row.key for row in rows])
         return (rows[-1].key if rows else after), [row.sha256 for row in rows]
 
@@ -388,8 +407,9 @@ class Catalog:
 
     def sweep(self, sha256s: Sequence[str], remove: Callable[[str], None]) -> None:
         """Call `remove` for each content that no recording has, while nobody can register it."""
-        for some in _chunks(sha256s):
+        for some in _chunks(sorted(sha256s)):  # so that each chunk keeps out few of those who store bytes
             with self.database.writing() as db:
+                lock(db, *map(_bucket, some))
                 used = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(some))
                 for sha256 in set(some) - set(db.execute(used).scalars()):
                     remove(sha256)
@@ -432,6 +452,7 @@ class Catalog:
             if active_model(db) == model:
                 return model
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK)
             active = active_model(db)
             if active is not None and active.fingerprint == model.fingerprint:
                 model = model if model.name else active
@@ -456,8 +477,12 @@ class Catalog:
             still = (MODELS.c.fingerprint == fingerprint) & unused
             for first in range(0, (last or 0) + 1, AT_ONCE):
                 with self.database.writing() as db:
-                    if not exists(db, still):  # somebody has begun to go back to it
+                    of_model = sa.select(MODELS.c.fingerprint).where(still).with_for_update()
+                    if db.execute(of_model).first() is None:  # somebody has begun to go back to it
                         return
+                    recordings = sa.select(RECORDINGS.c.key).order_by(RECORDINGS.c.key)
+                    near = RECORDINGS.c.key.between(first, first + AT_ONCE - 1)
+                    db.execute(recordings.where(near).with_for_update(read=True, key_share=True)).all()
                     for table in (SEGMENTS, REINDEXING):
                         here = table.c.recording.between(first, first + AT_ONCE - 1)
                         db.execute(sa.delete(table).where(here & (table.c.model == fingerprint)))
@@ -476,6 +501,7 @@ class Catalog:
         Raises DataMismatch where `model`, the one whose vectors are to be made, is not the active one.
         """
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             active = active_model(db)
             if model is not None and active is not None and active.fingerprint != model:
                 raise DataMismatch(
@@ -488,12 +514,20 @@ class Catalog:
     def extend_leases(self, owner: str, lease_s: Seconds) -> None:
         """Say that `owner` is alive and still at work on everything it leased."""
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             self._jobs.extend(db, owner, lease_s)
 
     def release(self, owner: str, *, died: bool = False) -> None:
         """Give back what `owner` has leased; without counting an attempt, unless it `died` at work."""
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             self._jobs.release(db, owner, died)
+        self.database.tell()
+
+    def wait_for_work(self, stopping: threading.Event, poll_s: Seconds) -> None:
+        """Return when `lease` may give something, or when this is `stopping`: after `poll_s`, or where
+        somebody tells. From one thread only."""
+        self.database.await_news(stopping, poll_s)
 
     def forget_leases(self) -> None:
         """Give back what anybody has leased, for whatever model: in a copy, where nobody is at work."""
@@ -509,6 +543,7 @@ class Catalog:
         Where `model` is not the active one the recording goes back to waiting, for a worker that has that.
         """
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             active = active_model(db)
             if active is None or active.fingerprint != model:
                 attempts = RECORDINGS.c.attempts - 1
@@ -587,8 +622,11 @@ class Catalog:
     def embed_anew(self, keys: Set[int], model: str) -> None:
         """Let ready recordings wait for a worker again, and forget the vectors that `model` has of them."""
         with self.database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             for some in _chunks(sorted(keys)):
                 ready = RECORDINGS.c.key.in_(some) & (RECORDINGS.c.status == "ready")
+                here = sa.select(RECORDINGS.c.key).where(ready).order_by(RECORDINGS.c.key)
+                db.execute(here.with_for_update()).all()
                 afresh = {"status": "pending", "attempts": 0, "model": None, "segments": None}
                 db.execute(sa.update(RECORDINGS).where(ready).values(afresh))
                 theirs = SEGMENTS.c.recording.in_(some) & (SEGMENTS.c.model == model)
@@ -672,9 +710,12 @@ AT_ONCE = 1000
 def note_change(db: sa.Connection, keys: Sequence[int], model: str | None = None) -> None:
     """Append to the change sequence, in the transaction that makes the change.
 
-    `model` is the one that alone is concerned, if it is one: replicas of others have nothing to do.
+    Last of all in it: nobody else's change is committed from here to its end, so that changes are numbered
+    in the order in which they can be seen. `model` is the one that alone is concerned, if it is one:
+    replicas of others have nothing to do.
     """
     if keys:
+        lock(db, "changes")
         rows = [{"recording": key, "token": secrets.token_hex(8), "model": model} for key in keys]
         db.execute(sa.insert(CHANGES), rows)
 
@@ -745,6 +786,15 @@ def retire_others(db: sa.Connection, model: StoredModel) -> None:
     _retire(db, left & MODELS.c.fingerprint.not_in(alive))
 
 
+MODEL_LOCK = "model"
+"""Shared by whoever changes many recordings, or by what the active model is; a switch has it alone."""
+
+
+def _bucket(sha256: str) -> str:
+    """One of 256, so that a sweep of much takes few locks."""
+    return f"content {sha256[:2]}"
+
+
 _HELD = (
     sa.func.count(),
     sa.func.coalesce(sa.func.sum(RECORDINGS.c.size_bytes), 0),
@@ -754,15 +804,39 @@ _HELD = (
 
 def _admit(db: sa.Connection, admission: Admission, size_bytes: int) -> None:
     """Raises QuotaExceeded or QueueFull where one more recording, of so many bytes, is too much."""
+    _check_quota(db, admission, size_bytes)
+    if admission.max_pending and _waiting(db, admission.max_pending):
+        raise QueueFull(
+            f"{admission.max_pending} recordings are waiting to be embedded; send it again later."
+        )
+
+
+def _admit_alone(db: sa.Connection, admission: Admission, size_bytes: int) -> None:
+    """The same, and to the end of this transaction nobody takes what was left. Those that register at the
+    same moment wait here for each other, and therefore not before they have to."""
+    if admission.is_counted and lock(db, f"key {admission.key}"):
+        _check_quota(db, admission, size_bytes)
+    near = max(1, admission.max_pending - AT_THE_SAME_MOMENT)
+    if admission.max_pending and db.dialect.name != "sqlite" and _waiting(db, near):
+        lock(db, "queue")
+        _admit(db, Admission(max_pending=admission.max_pending), size_bytes)
+
+
+def _check_quota(db: sa.Connection, admission: Admission, size_bytes: int) -> None:
     if admission.is_counted:
         row = db.execute(sa.select(*_HELD).where(RECORDINGS.c.uploaded_by == admission.key)).one()
         admission.quota.check(Held(*row), size_bytes)
-    if admission.max_pending:
-        waiting = sa.select(RECORDINGS.c.key).where(RECORDINGS.c.status == "pending")
-        if db.execute(waiting.limit(1).offset(admission.max_pending - 1)).first() is not None:
-            raise QueueFull(
-                f"{admission.max_pending} recordings are waiting to be embedded; send it again later."
-            )
+
+
+AT_THE_SAME_MOMENT = 1000
+"""More recordings than all services together register at once: as long as so many may still wait, none need
+be counted alone."""
+
+
+def _waiting(db: sa.Connection, least: int) -> bool:
+    """Whether so many recordings wait to be embedded."""
+    waiting = sa.select(RECORDINGS.c.key).where(RECORDINGS.c.status == "pending")
+    return db.execute(waiting.limit(1).offset(least - 1)).first() is not None
 
 
 def leased(db: sa.Connection, keys: Sequence[int]) -> list[Recording]:
@@ -780,8 +854,11 @@ def _named(recording_id: str, within: Set[str] | None) -> sa.ColumnElement[bool]
     return (RECORDINGS.c.id == recording_id) & _inside(within)
 
 
-def _only(db: sa.Connection, recording_id: str, within: Set[str] | None) -> Recording:
-    rows = db.execute(sa.select(*_RECORDING_COLUMNS).where(_named(recording_id, within)).limit(2)).all()
+def _only(
+    db: sa.Connection, recording_id: str, within: Set[str] | None, *, to_change: bool = False
+) -> Recording:
+    query = sa.select(*_RECORDING_COLUMNS).where(_named(recording_id, within)).limit(2)
+    rows = db.execute(query.with_for_update() if to_change else query).all()
     if not rows:
         raise RecordingNotFound(f"There is no recording {recording_id!r}.")
     if len(rows) > 1:
@@ -789,8 +866,11 @@ def _only(db: sa.Connection, recording_id: str, within: Set[str] | None) -> Reco
     return _recording(rows[0])
 
 
-def _one(db: sa.Connection, condition: sa.ColumnElement[bool]) -> Recording | None:
-    row = db.execute(sa.select(*_RECORDING_COLUMNS).where(condition)).one_or_none()
+def _one(
+    db: sa.Connection, condition: sa.ColumnElement[bool], *, to_change: bool = False
+) -> Recording | None:
+    query = sa.select(*_RECORDING_COLUMNS).where(condition)
+    row = db.execute(query.with_for_update() if to_change else query).one_or_none()
     return None if row is None else _recording(row)
 
 

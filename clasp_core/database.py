@@ -2,15 +2,32 @@
 
 SQLite or PostgreSQL; the schema's history is `clasp_core.migrations`. What rows mean is the business of who
 reads and writes them: `catalog`, `reindex`, `access`.
+
+In SQLite writers exclude each other. In PostgreSQL they do not: whoever writes on the strength of what it has
+read takes a `lock` by a name, or the rows themselves (FOR UPDATE), and all who take several do so in this
+order, so that no two can wait for each other:
+
+    content XX          recordings whose sha256 begins so: shared to store bytes, exclusive to sweep them
+    id, bytes, once     of a registration, each by its value; taken together, sorted
+    model               which model is the active one: shared to work by it, exclusive to make it another
+    reindexing          who announces a model, or enqueues recordings for it
+    rows                of `models`, then of `recordings` by ascending keys, then of what hangs on those
+    key, queue          what a quota, or the bound of the queue, is counted under
+    changes             the end of the change sequence: whoever has this waits for nobody any more
+
+The last is why numbers of changes are in the order of commits: PostgreSQL frees such locks once all can see
+what was committed.
 """
 
+import hashlib
 import json
 import logging
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +38,25 @@ import alembic.util
 import sqlalchemy as sa
 from alembic.runtime.migration import MigrationContext
 
-from clasp_core.errors import DataDamaged, DataMismatch, DiskFull
+from clasp_core.errors import DatabaseUnavailable, DataDamaged, DataMismatch, DiskFull, ExtraMissing
 from clasp_core.faults import fault
 from clasp_core.filters import SQL_FUNCTION, holds
+from clasp_core.types import Seconds
+
+
+class _Text(sa.TypeDecorator[str]):
+    """Text that a client may have sent, or a model written down: PostgreSQL has no U+0000, with which it
+    would refuse the whole statement. No name has one, so that nothing is found by what is put in its place.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        if value is None or dialect.name == "sqlite":
+            return value
+        return value.replace("\0", "\ufffd")
+
 
 _log = logging.getLogger(__name__)
 
@@ -33,51 +66,51 @@ RECORDINGS = sa.Table(
     "recordings",
     TABLES,
     sa.Column("key", _key, primary_key=True),
-    sa.Column("id", sa.Text),
-    sa.Column("collection", sa.Text),
-    sa.Column("sha256", sa.Text),
+    sa.Column("id", _Text),
+    sa.Column("collection", _Text),
+    sa.Column("sha256", _Text),
     sa.Column("size_bytes", sa.BigInteger),
-    sa.Column("media_type", sa.Text),
-    sa.Column("lang", sa.Text),
+    sa.Column("media_type", _Text),
+    sa.Column("lang", _Text),
     sa.Column("metadata", sa.JSON),
     sa.Column("created_at", sa.DateTime),
-    sa.Column("status", sa.Text),
+    sa.Column("status", _Text),
     sa.Column("duration_s", sa.Float),
     sa.Column("segments", sa.Integer),
-    sa.Column("model", sa.Text),
-    sa.Column("error_code", sa.Text),
-    sa.Column("error_detail", sa.Text),
+    sa.Column("model", _Text),
+    sa.Column("error_code", _Text),
+    sa.Column("error_detail", _Text),
     sa.Column("attempts", sa.Integer),
-    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_owner", _Text),
     sa.Column("lease_until", sa.Float),
-    sa.Column("uploaded_by", sa.Text),
+    sa.Column("uploaded_by", _Text),
 )
 SEGMENTS = sa.Table(
     "segments",
     TABLES,
     sa.Column("recording", _key, primary_key=True),
-    sa.Column("model", sa.Text, primary_key=True),
+    sa.Column("model", _Text, primary_key=True),
     sa.Column("ordinal", sa.Integer, primary_key=True),
     sa.Column("start_s", sa.Float),
     sa.Column("end_s", sa.Float),
     sa.Column("vector", sa.LargeBinary),
-    sa.Column("transcript", sa.Text),
+    sa.Column("transcript", _Text),
 )
 CHANGES = sa.Table(
     "changes",
     TABLES,
     sa.Column("seq", _key, primary_key=True),
     sa.Column("recording", _key),
-    sa.Column("token", sa.Text),
-    sa.Column("model", sa.Text),
+    sa.Column("token", _Text),
+    sa.Column("model", _Text),
 )
 MODELS = sa.Table(
     "models",
     TABLES,
-    sa.Column("fingerprint", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text),
+    sa.Column("fingerprint", _Text, primary_key=True),
+    sa.Column("name", _Text),
     sa.Column("dim", sa.Integer),
-    sa.Column("state", sa.Text),
+    sa.Column("state", _Text),
     sa.Column("hold_until", sa.Float),
     sa.Column("kept_until", sa.Float),
 )
@@ -85,27 +118,46 @@ REINDEXING = sa.Table(
     "reindexing",
     TABLES,
     sa.Column("recording", _key, primary_key=True),
-    sa.Column("model", sa.Text, primary_key=True),
-    sa.Column("status", sa.Text),
+    sa.Column("model", _Text, primary_key=True),
+    sa.Column("status", _Text),
     sa.Column("duration_s", sa.Float),
     sa.Column("segments", sa.Integer),
-    sa.Column("error_code", sa.Text),
-    sa.Column("error_detail", sa.Text),
+    sa.Column("error_code", _Text),
+    sa.Column("error_detail", _Text),
     sa.Column("attempts", sa.Integer),
-    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_owner", _Text),
     sa.Column("lease_until", sa.Float),
 )
 ONCE = sa.Table(
     "once",
     TABLES,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("request", sa.Text),
+    sa.Column("name", _Text, primary_key=True),
+    sa.Column("request", _Text),
     sa.Column("recording", _key),
-    sa.Column("id", sa.Text),
+    sa.Column("id", _Text),
     sa.Column("created", sa.Boolean),
     sa.Column("created_at", sa.DateTime),
     sa.Column("kept_until", sa.Float),
 )
+API_KEYS = sa.Table(
+    "api_keys",
+    TABLES,
+    sa.Column("id", _Text, primary_key=True),
+    sa.Column("name", _Text),
+    sa.Column("sha256", _Text),
+    sa.Column("scopes", sa.JSON),
+    sa.Column("collections", sa.JSON(none_as_null=True)),
+    sa.Column("created_at", sa.DateTime),
+    sa.Column("revoked_at", sa.DateTime),
+    sa.Column("rate", _Text),
+    sa.Column("max_recordings", sa.BigInteger),
+    sa.Column("max_bytes", sa.BigInteger),
+    sa.Column("max_hours", sa.Float),
+)
+
+WAITING_LOOKS_EVERY_S: Seconds = 5.0
+"""How often whoever waits to be told looks for itself: what tells is lost with a connection, or a process."""
+_CHANNEL = "clasp_work"
 
 
 class Database:
@@ -115,6 +167,12 @@ class Database:
         """Open, creating or upgrading the schema; without `upgrade` it is left as it is. Raises as
         `Catalog` does."""
         self._engine = create_engine(url)
+        # one snapshot for all statements of a transaction, as SQLite has it of itself
+        snapshot = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        self._reader = self._engine
+        if self.dialect != "sqlite":
+            self._reader = self._engine.execution_options(**snapshot)
+        self._listening: Any = None
         if upgrade:
             _migrate(url, create)
 
@@ -124,25 +182,71 @@ class Database:
         return self._engine.dialect.name
 
     def close(self) -> None:
+        self._stop_listening()
         self._engine.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """One consistent snapshot."""
-        with _intact(self._engine), self._engine.connect() as db, db.begin():
+        """One consistent snapshot. Raises DatabaseUnavailable."""
+        with _intact(self._engine), self._reader.connect() as db, db.begin():
             yield db
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """Sole writer, durable when the block ends. Raises DiskFull, and nothing is written then."""
+        """All or nothing, durable when the block ends.
+
+        In SQLite the sole writer; in PostgreSQL only what is locked stays as it was read. Raises DiskFull,
+        and nothing is written then; and DatabaseUnavailable, when nothing is written either, unless the
+        connection was lost in the very moment of the commit: then all may be.
+        """
         engine = self._engine
         try:
             with _intact(engine), engine.connect().execution_options(clasp_write=True) as db, db.begin():
                 yield db
         except sa.exc.OperationalError as error:
             if _is_for_lack_of_room(error):
-                raise DiskFull("The disk that holds the catalogue is full.") from error
+                raise DiskFull(_NO_ROOM) from error
             raise
+
+    def tell(self) -> None:
+        """Wake who waits in `await_news`, in whatever process. Not part of a transaction: PostgreSQL lets
+        those that tell commit only one by one."""
+        if self.dialect != "sqlite":
+            with suppress(DatabaseUnavailable, DiskFull), self._engine.connect() as db:
+                db.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(f"NOTIFY {_CHANNEL}")
+
+    def await_news(self, stopping: threading.Event, poll_s: Seconds) -> None:
+        """Wait until somebody may have called `tell`, or this is `stopping`. From one thread only.
+
+        In SQLite that is `poll_s`. In PostgreSQL a connection of its own listens; what was told since the
+        last call is news, too, and so is everything once that connection is new.
+        """
+        if self.dialect == "sqlite":
+            stopping.wait(poll_s)
+            return
+        import psycopg
+
+        deadline = time.monotonic() + WAITING_LOOKS_EVERY_S
+        try:
+            if self._listening is None:
+                pooled = self._engine.raw_connection()
+                self._listening = pooled.driver_connection
+                pooled.detach()  # it is never given to anybody else
+                self._listening.autocommit = True
+                self._listening.execute(f"LISTEN {_CHANNEL}")
+                return
+            while not stopping.is_set() and time.monotonic() < deadline:
+                if any(self._listening.notifies(timeout=poll_s, stop_after=1)):
+                    return
+        except (psycopg.Error, sa.exc.SQLAlchemyError, DatabaseUnavailable):
+            self._stop_listening()
+            stopping.wait(poll_s)
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            with suppress(Exception):
+                self._listening.close()
+            self._listening = None
 
     def check(self) -> None:
         """Raise DataDamaged where the database contradicts itself, an index its table say.
@@ -171,31 +275,84 @@ def exists(db: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:
     return bool(db.execute(sa.select(sa.exists().where(condition))).scalar_one())
 
 
+def lock(db: sa.Connection, *names: str, shared: bool = False) -> bool:
+    """Exclude, to the end of this transaction, all others that take a lock of one of these names, or only
+    those that do not share it. See the module's head for what the names are and their order.
+
+    Returns whether it took any, so that others may have written since this transaction looked: in SQLite
+    there are no others.
+    """
+    if db.dialect.name == "sqlite":
+        return False
+    # as numbers that no other program in this database is likely to use
+    numbers = sorted(
+        int.from_bytes(hashlib.sha256(f"clasp {name}".encode()).digest()[:8], "big", signed=True)
+        for name in set(names)
+    )
+    take = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
+    each = sa.text(f"SELECT {take}(number) FROM unnest(CAST(:numbers AS bigint[])) AS number")  # noqa: S608
+    db.execute(each, {"numbers": numbers})
+    return True
+
+
 def _is_for_lack_of_room(error: sa.exc.OperationalError) -> bool:
-    """SQLITE_FULL, or PostgreSQL's class of it."""
-    cause = error.orig
-    code = getattr(cause, "sqlite_errorcode", None)
-    return code == sqlite3.SQLITE_FULL or getattr(cause, "sqlstate", None) == "53100"
+    return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
-_WRITERS = 0x636C617370
-"""PostgreSQL's name of the lock that every writing transaction holds: "clasp"."""
+_NO_ROOM = "The disk that holds the catalogue is full."
+_POOL = {"pool_size": 5, "max_overflow": 15, "pool_timeout": 10, "pool_pre_ping": True}
+"""20 connections for each process at most, and seconds until one of them is free; each is tried before use,
+so that a server that was restarted is not noticed."""
+_SESSION = (
+    "SET lock_timeout = '60s'",
+    # of a process that hangs, or whose machine is gone without a word: others wait for its locks
+    "SET idle_in_transaction_session_timeout = '5min'",
+    "SET tcp_keepalives_idle = 30",
+    "SET tcp_keepalives_interval = 10",
+    "SET tcp_keepalives_count = 3",
+)
+_CONNECT = {
+    "connect_timeout": "5",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+    "application_name": "clasp",
+}
+"""For libpq, where the URL says nothing else; seconds, but for the milliseconds of tcp_user_timeout."""
+_PASSING = ("08", "40", "53", "57", "55P03", "25P03", "58")
+"""Beginnings of SQLSTATE codes of trouble that is the server's and passes: connections, deadlocks, resources,
+its end or its start, locks that do not come free. DiskFull's, 53100, is known before."""
+
+
+def _on_postgresql_error(context: sa.engine.ExceptionContext) -> None:
+    """Trouble of the server's as DatabaseUnavailable. All else is a bug: of what the server says of that only
+    the kind is kept, since the rest repeats what rows hold, and errors go into the log."""
+    error: Any = context.original_exception
+    if context.is_pre_ping or not hasattr(error, "sqlstate"):
+        return
+    code = error.sqlstate
+    if code == "53100":
+        raise DiskFull(_NO_ROOM)
+    is_lost = context.is_disconnect or context.connection is None
+    if code is not None or not is_lost:
+        where = error.diag.constraint_name or error.diag.table_name
+        error.args = (f"SQLSTATE {code} {type(error).__name__}" + (f" at {where}" if where else ""),)
+    if is_lost or (code or "").startswith(_PASSING):
+        raise DatabaseUnavailable(
+            "The database of the catalogue does not answer, or not in time; try again in a moment."
+        )
+    raise RuntimeError(f"{error.args[0]}, in: {context.statement}")
 
 
 def create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
     """`migrating` leaves SQLite's foreign keys unheeded, which can only be said outside of a transaction: to
     change a table there is to make another in its place, and to drop one deletes all that points at it."""
     # errors go into the log, and a statement's values are questions, metadata and transcripts
+    url = sa.make_url(url)
+    if url.get_backend_name() == "postgresql":
+        return _create_postgresql_engine(url, migrating)
     engine = sa.create_engine(url, hide_parameters=True)
-    if engine.dialect.name != "sqlite":
-        # elsewhere writers do not exclude each other by themselves, and leases, sweeps and the order
-        # of changes depend on it
-        @sa.event.listens_for(engine, "begin")
-        def _on_begin_elsewhere(db: sa.Connection) -> None:
-            if db.get_execution_options().get("clasp_write", False):
-                db.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS)))
-
-        return engine
 
     # pysqlite's own transaction control begins too late (PEP 249); we begin explicitly instead, and
     # writers take the lock at once, since a read transaction cannot be upgraded safely under load.
@@ -215,6 +372,28 @@ def create_engine(url: str | sa.URL, *, migrating: bool = False) -> sa.Engine:
     return engine
 
 
+def _create_postgresql_engine(url: sa.URL, migrating: bool) -> sa.Engine:
+    url = url.set(drivername="postgresql+psycopg")
+    said = {name: value for name, value in _CONNECT.items() if name not in url.query}
+    try:
+        engine = sa.create_engine(url, hide_parameters=True, connect_args=said, **_POOL)
+    except ModuleNotFoundError as error:
+        raise ExtraMissing(
+            f"The catalogue is to be in PostgreSQL, for which {error.name} is missing:"
+            " pip install 'clasp-search[postgresql]'"
+        ) from error
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _: object) -> None:  # noqa: ANN401
+        if not migrating:  # which may have to wait
+            connection.autocommit = True
+            connection.execute("; ".join(_SESSION))
+            connection.autocommit = False
+
+    sa.event.listen(engine, "handle_error", _on_postgresql_error)
+    return engine
+
+
 _UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
 
 
@@ -226,6 +405,10 @@ def _intact(engine: sa.Engine, *, opening: bool = False) -> Iterator[None]:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError) as error:  # of a row
         raise _damaged(engine, str(error)) from error
+    except sa.exc.TimeoutError as error:  # of the pool
+        raise DatabaseUnavailable(
+            "Too much is asked of the catalogue at once; try again in a moment."
+        ) from error
     except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
         reason = error.orig if isinstance(error, sa.exc.DatabaseError) else error
         if not isinstance(reason, sqlite3.Error):
@@ -261,6 +444,7 @@ def _migrate(url: str | sa.URL, create: bool) -> None:
             db.begin(),
             _migrating,
         ):
+            lock(db, "schema")
             if not create and not sa.inspect(db).has_table(RECORDINGS.name):
                 raise _damaged(engine, "it is empty")
             config.attributes["connection"] = db
@@ -269,6 +453,10 @@ def _migrate(url: str | sa.URL, create: bool) -> None:
             for table in TABLES.sorted_tables:  # a column whose name is damaged is met here, and not later
                 db.execute(sa.select(table).limit(0))
             fault("catalog.migrated")
+    except DatabaseUnavailable as error:
+        where = f"{engine.url.host or engine.url.query.get('host', '')}/{engine.url.database}"
+        reason = " ".join(str(error.__cause__).split())
+        raise DatabaseUnavailable(f"The catalogue's database {where} cannot be opened: {reason}") from error
     except alembic.util.CommandError as error:
         raise DataMismatch(
             f"The catalogue was written by a newer version of this program ({error}). Use that version, or"

@@ -33,6 +33,7 @@
     ├── QueueFull
     ├── DiskFull
     └── NotReady
+        └── DatabaseUnavailable
 
 Each class has a stable `code`; it is what records and HTTP answers carry, and `app.errors` alone
 decides which status a code becomes. Anything else that escapes the core is a bug.
@@ -241,3 +242,9 @@ class NotReady(ClaspError):
     """The service is starting, stopping or overloaded; the same call may succeed later."""
 
     code = "not_ready"
+
+
+class DatabaseUnavailable(NotReady):
+    """The catalogue's database cannot be reached, or is too busy; the same call may succeed later."""
+
+    code = "database_unavailable"

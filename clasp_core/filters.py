@@ -192,23 +192,32 @@ def _quick(name: str, relation: Relation, value: Scalar, table: sa.Table) -> sa.
 
 def _in_postgresql(condition: Condition, table: sa.Table) -> sa.ColumnElement[bool]:
     """By jsonb, whose null is not SQL's, and texts not by the database's collation. Its numbers are decimals
-    as they were written: beyond 2**53, those of an integer and of the same double may differ."""
+    as they were written: beyond 2**53, those of an integer and of the same double may differ. No text and no
+    name of a member there has a U+0000."""
+    if "\0" in condition.name:
+        value = json.loads(condition.value)
+        return sa.literal(condition.relation == "ne" or (condition.relation == "exists" and not value))
     member = sa.func.jsonb_extract_path(sa.cast(table.c.metadata, JSONB), condition.name, type_=JSONB)
     value = json.loads(condition.value)
     if condition.relation == "exists":
         return member.is_not(None) if value else member.is_(None)
     if condition.relation == "in":
-        return sa.or_(*(member == _jsonb(one) for one in value))
+        return sa.or_(sa.false(), *(member == _jsonb(one) for one in value if "\0" not in str(one)))
+    if condition.relation in ("eq", "ne") and "\0" in str(value):
+        return sa.literal(condition.relation == "ne")
     if condition.relation == "eq":
         return member == _jsonb(value)
     if condition.relation == "ne":
         return member.is_distinct_from(_jsonb(value))
     ours: sa.ColumnElement[Any]
-    kind, ours, theirs = "number", member, _jsonb(value)
+    kind, ours, theirs, relation = "number", member, _jsonb(value), condition.relation
     if isinstance(value, str):
+        value, nul, _ = value.partition("\0")
+        if nul:  # what is less than "a\0..." is at most "a"
+            relation = "lte" if relation in ("lt", "lte") else "gt"
         text = member.op("#>>", return_type=sa.Text)(sa.literal_column("'{}'"))
         kind, ours, theirs = "string", text.collate("C"), sa.literal(value, sa.Text)
-    ordered: sa.ColumnElement[bool] = _ORDERS[condition.relation](ours, theirs)
+    ordered: sa.ColumnElement[bool] = _ORDERS[relation](ours, theirs)
     return (sa.func.jsonb_typeof(member) == kind) & ordered
 
 

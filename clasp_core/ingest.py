@@ -25,6 +25,7 @@ from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import (
     ClaspError,
+    DatabaseUnavailable,
     DiskFull,
     InvalidAudio,
     NotReady,
@@ -129,7 +130,7 @@ class Ingester:
         """Process recordings as they come, until stopped. Raises as `step` does."""
         while not self._stopping.is_set():
             if not self.step():
-                self._stopping.wait(poll_s)
+                self._library.catalog.wait_for_work(self._stopping, poll_s)
 
     def step(self) -> int:
         """Process what one lease gives; the number of recordings finished (0: none was waiting).
@@ -139,8 +140,8 @@ class Ingester:
         model = self._library.model
         try:
             leased = self._queue.lease(self.owner, limit=TOGETHER, lease_s=LEASE_S, model=model)
-        except DiskFull as error:
-            _log.warning("recordings wait for room on the disk", extra={"reason": error.detail})
+        except (DiskFull, DatabaseUnavailable) as error:
+            _log.warning("recordings wait until the catalogue can be written", extra={"reason": error.detail})
             self._stopping.wait(10 * WITHOUT_ROOM_S)
             return 0
         if not leased:
@@ -149,8 +150,8 @@ class Ingester:
         with _Heartbeat(self._extend, LEASE_S / 4):
             try:
                 self._process([_Job(recording) for recording in leased])
-            except DiskFull:
-                return 0  # stopped before there was room; the leases run out
+            except (DiskFull, DatabaseUnavailable):
+                return 0  # stopped before there was room, or a database; the leases run out
             except NotReady:
                 # the machine's trouble, not the recordings': they wait, and no attempt is counted
                 _log.exception("processing is not possible now")
@@ -164,21 +165,24 @@ class Ingester:
         return len(leased)
 
     def _written(self, write: Callable[[], T]) -> T:
-        """What `write` gives, once there is room for it: a full disk is no reason to lose what was made, or
-        to count an attempt. Raises DiskFull where this is to stop before."""
+        """What `write` gives, once there is room for it, and a database: a full disk is no reason to lose
+        what was made, or to count an attempt. Raises what it raises where this is to stop before."""
         told = False
         while True:
             try:
                 return write()
-            except DiskFull as error:
+            except (DiskFull, DatabaseUnavailable) as error:
                 if not told:
-                    _log.warning("results wait for room on the disk", extra={"reason": error.detail})
+                    _log.warning(
+                        "results wait until the catalogue can be written", extra={"reason": error.detail}
+                    )
                 told = True
                 if self._stopping.wait(WITHOUT_ROOM_S):
                     raise
 
     def _extend(self) -> None:
-        with suppress(DiskFull):  # the lease runs out, but nobody else can be given it either
+        # the lease may run out, but nobody else can be given it either
+        with suppress(DiskFull, DatabaseUnavailable):
             self._queue.extend_leases(self.owner, LEASE_S)
 
     def _process(self, jobs: list[_Job]) -> None:

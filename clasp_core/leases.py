@@ -14,7 +14,8 @@ MAX_ATTEMPTS = 5
 
 
 class Leases:
-    """Leases on rows of one table. Each function runs inside a writing transaction."""
+    """Leases on rows of one table. Each function runs inside a writing transaction; `lease` passes over rows
+    that others are changing."""
 
     def __init__(self, table: sa.Table, key: "sa.Column[int]", scope: sa.ColumnElement[bool]) -> None:
         self.scope = scope
@@ -27,7 +28,7 @@ class Leases:
         expired = (job.status == "processing") & (job.lease_until < now)
         db.execute(
             sa.update(self._table)
-            .where(self.scope & expired & (job.attempts >= MAX_ATTEMPTS))
+            .where(self.scope & self._key.in_(self._unclaimed(expired & (job.attempts >= MAX_ATTEMPTS))))
             .values(
                 status="failed",
                 error_code=ProcessingFailed.code,
@@ -37,8 +38,8 @@ class Leases:
             )
         )
         free = (job.status == "pending") | expired
-        query = sa.select(self._key.label("key"), job.attempts).where(self.scope & free)
-        taken = _without_suspects(db.execute(query.order_by(job.attempts, self._key).limit(limit)).all())
+        query = self._unclaimed(free).add_columns(job.attempts).order_by(job.attempts, self._key)
+        taken = _without_suspects(db.execute(query.limit(limit)).all())
         db.execute(
             sa.update(self._table)
             .where(self.scope & self._key.in_(taken))
@@ -75,6 +76,11 @@ class Leases:
             .values(**values, lease_owner=None, lease_until=None)
         )
         return done.rowcount == 1
+
+    def _unclaimed(self, condition: sa.ColumnElement[bool]) -> "sa.Select[Any]":
+        """Keys of such rows that nobody else is changing, which nobody else can change from now on."""
+        query = sa.select(self._key.label("key")).where(self.scope & condition)
+        return query.with_for_update(skip_locked=True, of=self._table)
 
     def _held(self, owner: str | None) -> sa.ColumnElement[bool]:
         """What is leased by `owner`, or by anybody."""

@@ -21,7 +21,14 @@ from uuid import uuid4
 import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
-from clasp_core.errors import DataDamaged, DataMismatch, DiskFull, InvalidField
+from clasp_core.errors import (
+    DataDamaged,
+    DataMismatch,
+    DiskFull,
+    InvalidField,
+    QueueFull,
+    QuotaExceeded,
+)
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.index import SNAPSHOT_FILE, Grouping, Match, VectorIndex
@@ -151,7 +158,7 @@ class Library:
                 once=None if once is None else Once(once, _digest(new, recording_id)),
                 admission=admission,
             )
-        except DiskFull:  # perhaps of the row, when the bytes were in their place
+        except (DiskFull, QuotaExceeded, QueueFull):  # perhaps when the bytes were in their place
             self.catalog.sweep([upload.sha256], self.store.remove)
             raise
         fault("library.registered")
@@ -404,11 +411,17 @@ def _digest(new: NewRecording, recording_id: str | None) -> str:
 
 
 def _plain_json(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metadata that JSON can hold: a NaN, which Python would write, makes the row unreadable in SQL."""
+    """Metadata that every database can hold: a NaN, which Python would write, makes the row unreadable in
+    SQL; U+0000 and half a surrogate pair, which Python reads, are no text in PostgreSQL."""
     try:
-        json.dumps(dict(metadata), allow_nan=False)
+        written = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        written.encode()
+    except UnicodeEncodeError:
+        raise InvalidField("metadata holds half of a surrogate pair, which is no character.") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidField(f"metadata is not a JSON object: {error}.") from error
+    if "\\u0000" in written.replace("\\\\", ""):
+        raise InvalidField("metadata holds the character U+0000, which not every database can keep.")
     return metadata
 
 

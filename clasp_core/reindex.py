@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from clasp_core import ingest
 from clasp_core.catalog import (
     AT_ONCE,
+    MODEL_LOCK,
     Catalog,
     EmbeddedSegment,
     Recording,
@@ -30,7 +31,7 @@ from clasp_core.catalog import (
     retire_others,
     store_vectors,
 )
-from clasp_core.database import MODELS, RECORDINGS, REINDEXING, exists
+from clasp_core.database import MODELS, RECORDINGS, REINDEXING, exists, lock
 from clasp_core.errors import ProcessingFailed
 from clasp_core.faults import fault
 from clasp_core.ingest import Ingester
@@ -40,6 +41,7 @@ from clasp_core.models import SpeechEncoder
 from clasp_core.segmenting import SegmentConfig
 from clasp_core.types import Seconds
 
+_ALONE = "reindexing"
 TOLERABLE = 10
 """Recordings that a switch may lose by trouble of ours: so many, or a tenth of all if that is more."""
 FOLLOW_WITHIN_S: Seconds = 10.0
@@ -83,6 +85,7 @@ class Reindexing:
         """As `Catalog.lease`: up to `limit` ready recordings that the model has no vectors of."""
         assert model in (None, self.model.fingerprint)
         with self._database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             if self._is_active(db):
                 return []
             self._announce(db)
@@ -95,11 +98,13 @@ class Reindexing:
 
     def extend_leases(self, owner: str, lease_s: Seconds) -> None:
         with self._database.writing() as db:
-            self._jobs.extend(db, owner, lease_s)
+            lock(db, MODEL_LOCK, shared=True)
             self._hold(db, lease_s)
+            self._jobs.extend(db, owner, lease_s)
 
     def release(self, owner: str, *, died: bool = False) -> None:
         with self._database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             self._jobs.release(db, owner, died)
 
     def complete(
@@ -108,6 +113,9 @@ class Reindexing:
         """Store a recording's segments by this model; searches see them from the switch on."""
         assert model == self.model.fingerprint
         with self._database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
+            recording = sa.select(RECORDINGS.c.key).where(RECORDINGS.c.key == key)
+            db.execute(recording.with_for_update(read=True, key_share=True))  # before what hangs on it
             if not self._jobs.finish(
                 db, key, owner, status="ready", duration_s=duration_s, segments=len(segments)
             ):
@@ -121,6 +129,7 @@ class Reindexing:
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool:
         """Record why this model cannot have the recording; it goes on being found until the switch."""
         with self._database.writing() as db:
+            lock(db, MODEL_LOCK, shared=True)
             return self._jobs.finish(db, key, owner, status="failed", error_code=code, error_detail=detail)
 
     def progress(self) -> Progress:
@@ -151,6 +160,7 @@ class Reindexing:
         installation, a disk that is not mounted): the next run tries those anew.
         """
         with self._database.writing() as db:
+            lock(db, MODEL_LOCK)
             if self._is_active(db):
                 retire_others(db, self.model)
                 return {}
@@ -187,11 +197,11 @@ class Reindexing:
         still_ready = sa.select(RECORDINGS.c.key).where(ready)
         of_others = REINDEXING.c.recording.not_in(still_ready)
         db.execute(sa.delete(REINDEXING).where(self._jobs.scope | of_others))
-        note_change(db, [row.key for row in failures])
         activate(db, self.model)
         hold_until = time.time() + FOLLOW_WITHIN_S
         db.execute(sa.update(MODELS).where(self._row).values(hold_until=hold_until))
         retire_others(db, self.model)
+        note_change(db, [row.key for row in failures])
         fault("reindex.switching")
         return {row.id: row.error_detail for row in failures}
 
@@ -210,7 +220,8 @@ class Reindexing:
         return active is not None and active.fingerprint == self.model.fingerprint
 
     def _announce(self, db: sa.Connection) -> None:
-        if not exists(db, self._row & (MODELS.c.state == "coming")):
+        coming = self._row & (MODELS.c.state == "coming")
+        if not exists(db, coming) and not (lock(db, _ALONE) and exists(db, coming)):
             put_model(db, self.model, "coming")
 
     def _hold(self, db: sa.Connection, hold_s: Seconds) -> None:
@@ -220,6 +231,7 @@ class Reindexing:
 
     def _enqueue(self, db: sa.Connection) -> bool:
         """Make jobs of ready recordings that have none; those that arrived since the last time, mostly."""
+        lock(db, _ALONE)
         total, jobs = self._counts(db)
         if total == sum(jobs.values()):
             return False

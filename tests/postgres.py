@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
+from clasp_core.catalog import Catalog
+
 _starting = threading.Lock()
 _databases: list[str] = []
 _of_folder: dict[Path, str] = {}
 
 
-def postgres_url() -> str:
-    """The URL of a fresh, empty database, which is dropped when this process ends. Other processes can use
-    it as well: it leads through a socket in the file system. Skips the test where there is no PostgreSQL."""
+def postgres_url(like: str = "template1") -> str:
+    """The URL of a fresh database, empty or `like` the one of that name, which is dropped when this process
+    ends. Other processes can use it as well: it leads through a socket in the file system. Skips the test
+    where there is no PostgreSQL."""
     with _starting:
         name = f"clasp_{uuid4().hex[:12]}"
-        _run(f"CREATE DATABASE {name}")
+        _run(f"CREATE DATABASE {name} TEMPLATE {like}")
         _databases.append(name)
     return sa.make_url(_server()).set(database=name).render_as_string(hide_password=False)
 
@@ -42,6 +46,25 @@ def drop(url: str) -> None:
     assert name in _databases
     _databases.remove(name)
     _run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@contextmanager
+def catalogue_url(kind: str, folder: Path) -> Iterator[str]:
+    """The URL of a database without any recordings, `sqlite` (in that folder) or `postgresql`."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder / 'catalog.sqlite3'}"
+    else:
+        url = postgres_url(like=_with_tables())
+        yield url
+        drop(url)
+
+
+@cache
+def _with_tables() -> str:
+    """The name of a database that need not be migrated any more, which costs more than most tests."""
+    url = postgres_url()
+    Catalog(url).close()
+    return str(sa.make_url(url).database)
 
 
 def database_settings(data_dir: Path) -> dict[str, str]:

@@ -125,7 +125,7 @@ def test_what_is_refused_or_waits_for_room_is_not_lost(small_disk: SmallDisk) ->
         waiting = [service.upload(new_recording(n).content, metadata=more).json()["id"] for n in range(1, 30)]
         fill(disk)
         os.kill(worker, signal.SIGCONT)
-        eventually(lambda: "room on the disk" in service.log(), within_s=20)
+        eventually(lambda: "until the catalogue can be written" in service.log(), within_s=20)
         assert service.found("anything")[0]["id"]
         assert service.client.get(f"/audio/{waiting[-1]}").json()["status"] in ("pending", "processing")
         (disk / "ballast").unlink()

@@ -2,7 +2,6 @@
 
 import itertools
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from clasp_core.catalog import (
     ONCE_KEPT_S,
@@ -36,11 +36,14 @@ from tests.core.doubles import (
     register,
     segments_of,
 )
+from tests.postgres import catalogue_url, postgres_url
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of an empty database of each kind: a catalogue is the same in all of them."""
+    with catalogue_url(request.param, tmp_path) as url:
+        yield url
 
 
 @pytest.fixture
@@ -526,13 +529,12 @@ def test_all_parts_of_a_filter_must_hold(catalog: Catalog) -> None:
 # --- the file itself
 
 
-def test_a_newer_schema_is_refused(catalog: Catalog, url: str, tmp_path: Path) -> None:
+def test_a_newer_schema_is_refused(catalog: Catalog, url: str) -> None:
     """An older program would misread what a newer one wrote, and break it by writing."""
     register(catalog, "one")
+    with catalog.database.writing() as db:
+        db.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     catalog.close()
-    with sqlite3.connect(tmp_path / "catalog.sqlite3") as db:
-        db.execute("UPDATE alembic_version SET version_num = '9999'")
-    db.close()
     with pytest.raises(DataMismatch, match="newer version"):
         Catalog(url)
 
@@ -559,8 +561,7 @@ def open_and_register(url: str, name: str, go: Event, done: "Queue[str]") -> Non
 def test_processes_may_open_a_fresh_directory_together(tmp_path: Path) -> None:
     """The service and its workers start in the same instant, the first time as every time."""
     context = processes()
-    for attempt in range(3):
-        url = f"sqlite:///{tmp_path / f'{attempt}.sqlite3'}"
+    for url in [*(f"sqlite:///{tmp_path / f'{attempt}.sqlite3'}" for attempt in range(2)), postgres_url()]:
         go, done = context.Event(), context.Queue()
         names = [f"{number}" for number in range(4)]
         openers = [context.Process(target=open_and_register, args=(url, name, go, done)) for name in names]
@@ -606,7 +607,7 @@ def write_until_killed(url: str, life: int, acknowledgements: Connection) -> Non
             acknowledgements.send((leased.id, "ready"))
 
 
-def test_nothing_acknowledged_is_lost_by_kill_9(url: str, tmp_path: Path) -> None:
+def test_nothing_acknowledged_is_lost_by_kill_9(url: str) -> None:
     """An answer of 202 is a promise. Whatever moment the process dies at, each recording it acknowledged is
     there once, each one it called ready has its segments and its change, and the file is sound."""
     context = processes()
@@ -630,17 +631,17 @@ def test_nothing_acknowledged_is_lost_by_kill_9(url: str, tmp_path: Path) -> Non
         except (EOFError, OSError):
             reader.close()
 
-    with sqlite3.connect(tmp_path / "catalog.sqlite3") as db:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
-        kept = [row[0] for row in db.execute("SELECT id FROM recordings")]
-    db.close()
+    catalog = Catalog(url)
+    catalog.database.check()
+    with catalog.database.reading() as db:
+        if catalog.database.dialect == "sqlite":
+            assert db.execute(sa.text("PRAGMA foreign_key_check")).fetchall() == []
+        kept = db.execute(sa.text("SELECT id FROM recordings")).scalars().all()
     assert len(kept) == len(set(kept))
     assert set(acknowledged) <= set(kept)
     assert len(set(kept) - set(acknowledged)) <= 10, "more than one recording a life was not acknowledged"
     assert "ready" in acknowledged.values()
 
-    catalog = Catalog(url)
     changes = catalog.changes(0, limit=10**6, model=MODEL, dim=DIM)
     assert changes is not None
     ready = catalog.page(status="ready", limit=10**6)
