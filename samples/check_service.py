@@ -4,7 +4,7 @@
 
 Uploads three of the sample recordings into a collection of its own, asks about them in several languages, by
 sound and with filters, changes one, deletes them, and sees that they are gone. Prints a line for each step;
-the exit status is 0 only if all is as it should be. The key needs the scopes `read` and `write`; one that is for
+the exit status is 0 only if all is as it should be. The key needs the scopes `read` and `write`; one for
 some collections only needs `--collection` with one of them, which must be empty. Needs Python 3.11 and httpx.
 """
 

