@@ -70,7 +70,10 @@ ENGINES = {
     "torch": Engine({"vector_store": "torch", "vector_index": "flat"}),
     "faiss half": Engine({"vector_store": "faiss", "vector_index": "half"}),
     "faiss ivf": Engine({"vector_store": "faiss", "vector_index": "ivf"}, exact=False),
+    "milvus lite": Engine({"vector_store": "milvus:lite"}),
+    "milvus": Engine({"vector_store": "milvus:server"}),
 }
+"""`milvus:lite` and `milvus:server` are servers of our own."""
 
 
 class EngineAbsent(Exception):
@@ -251,13 +254,14 @@ def measure(name: str, engine: Engine, folder: Path, pool: Pool) -> dict[str, An
         raise EngineAbsent(f"there is no setting {missing}")
     if "vector_index" not in Settings.model_fields and engine.settings.get("vector_index", "flat") != "flat":
         raise EngineAbsent("there is no setting vector_index")
+    chosen = engine.settings | {"vector_store": _with_server(engine.settings["vector_store"])}
     model = SimpleNamespace(fingerprint=FINGERPRINT, name="agreeing", dim=pool.dim)
     copy = folder / "copy"
     copy.mkdir()
     try:
         shutil.copy(folder / CATALOG_FILE, copy)
         before = _resident_mib()
-        settings = Settings(data_dir=copy, device="cpu", _env_file=None, **engine.settings)  # type: ignore[call-arg]
+        settings = Settings(data_dir=copy, device="cpu", _env_file=None, **chosen)  # type: ignore[call-arg]
         with patch.object(opening, "open_configured_model", lambda *_: model):
             _, library = opening.open_configured_library(settings)
         with closing(library):
@@ -284,6 +288,17 @@ def measure(name: str, engine: Engine, folder: Path, pool: Pool) -> dict[str, An
         raise EngineAbsent(error.detail) from error
     finally:
         shutil.rmtree(copy)
+
+
+def _with_server(store: str) -> str:
+    kind, _, which = store.partition(":")
+    if kind != "milvus":
+        return store
+    try:
+        from tests import milvus
+    except ImportError as error:
+        raise EngineAbsent(f"there is no {error.name}") from error
+    return f"milvus:{milvus.lite_server() if which == 'lite' else milvus.whole_server()}"
 
 
 def complaints(name: str, engine: Engine, agreements: dict[str, Agreement]) -> list[str]:

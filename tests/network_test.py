@@ -382,7 +382,7 @@ def run(
         "uploads": uploads,
         "clients": clients,
         "seed": seed,
-        **{name: value for name, value in settings.items() if name == "vector_store"},
+        "vector_store": str(settings.get("vector_store", "faiss")).partition(":")[0],
         "acknowledged": answered,
         "deleted": len(network.deleted),
         "kills": dict(sorted(network.kills.items())),
@@ -403,10 +403,17 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-every", type=float, default=3.0, metavar="S", help="on average")
-    parser.add_argument("--vector-store", default="faiss", help="as CLASP_VECTOR_STORE")
+    parser.add_argument(
+        "--vector-store", default="faiss", help="as CLASP_VECTOR_STORE; milvus: a server of our own"
+    )
     parser.add_argument("--database-url", help="of an empty database; by default one of a server of our own")
     parser.add_argument("--out", type=Path, help="where the figures go, too")
     options = parser.parse_args()
+    store = options.vector_store
+    if store == "milvus":
+        from tests.milvus import whole_server
+
+        store = f"milvus:{whole_server()}"
     with tempfile.TemporaryDirectory() as folder:
         figures = run(
             Path(folder).resolve(),
@@ -415,7 +422,7 @@ def main() -> int:
             seed=options.seed,
             kill_every_s=options.kill_every,
             database_url=options.database_url or postgres_url(),
-            vector_store=options.vector_store,
+            vector_store=store,
         )
     text = json.dumps(figures, indent=1)
     if options.out:

@@ -16,7 +16,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, Path]:
     return made, folder
 
 
-@pytest.mark.parametrize("name", ENGINES)
+SLOW = ("milvus",)
+"""A server of which takes a minute."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ENGINES]
+)
 def test_an_engine_agrees_with_arithmetic(name: str, pool: tuple[Pool, Path]) -> None:
     """Which engine searches is a matter of size and machines; what is found must not depend on it."""
     try:
