@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,15 @@ class Pool:
         gaps = unit(chance.normal(size=(questions, dim)))
         self.questions = unit(self.vectors[chance.integers(len(self.vectors), size=questions)] + 0.8 * gaps)
         self.deleted = chance.permutation(self.recordings)[: self.recordings // 100]
+
+    @cached_property
+    def scores(self) -> NDArray[np.float64]:
+        """Of every vector for every question (questions, vectors)."""
+        scores = np.empty((len(self.questions), len(self.vectors)))
+        for first in range(0, len(self.vectors), 20_000):
+            some = slice(first, first + 20_000)
+            scores[:, some] = self.questions.astype(np.float64) @ self.vectors[some].astype(np.float64).T
+        return scores
 
     def name(self, recording: int) -> str:
         return f"r{recording:07}"
@@ -182,12 +192,7 @@ def oracle(pool: Pool, kind: Kind) -> list[Found]:
     if kind.after_deletion:
         here[pool.deleted] = False
     inside = np.repeat(here, SEGMENTS)
-    scores = np.empty((len(pool.questions), len(pool.vectors)))
-    for first in range(0, len(pool.vectors), 20_000):
-        some = slice(first, first + 20_000)
-        scores[:, some] = pool.questions.astype(np.float64) @ pool.vectors[some].astype(np.float64).T
-    scores[:, ~inside] = -np.inf
-    return [_best(pool, row, kind.question.group_by) for row in scores]
+    return [_best(pool, np.where(inside, row, -np.inf), kind.question.group_by) for row in pool.scores]
 
 
 def _best(pool: Pool, scores: NDArray[np.float64], group_by: Grouping) -> Found:
@@ -260,6 +265,7 @@ def measure(name: str, engine: Engine, folder: Path, pool: Pool) -> dict[str, An
     copy.mkdir()
     try:
         shutil.copy(folder / CATALOG_FILE, copy)
+        assert pool.scores.size  # made before memory is measured
         before = _resident_mib()
         settings = Settings(data_dir=copy, device="cpu", _env_file=None, **chosen)  # type: ignore[call-arg]
         with patch.object(opening, "open_configured_model", lambda *_: model):
