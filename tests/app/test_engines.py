@@ -16,8 +16,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, Path]:
     return made, folder
 
 
-SLOW = ("milvus",)
-"""A server of which takes a minute."""
+SLOW = ("torch", "milvus lite", "milvus")
+"""What takes seconds to import, or to start a server of; their own tests are elsewhere."""
 
 
 @pytest.mark.parametrize(

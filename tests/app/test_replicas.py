@@ -191,7 +191,7 @@ def test_what_one_replica_acknowledged_the_other_searches(
 ) -> None:
     """The bound is none: a search that begins after the answer to a deletion, or after `ready` was seen,
     whereever it is asked, knows of it."""
-    follow(pair, recordings=12)
+    follow(pair, recordings=10)
 
 
 @pytest.mark.slow
@@ -257,6 +257,7 @@ def is_unready(api: RunningService) -> bool:
     return api.client.get("/readyz").status_code == 503
 
 
+@pytest.mark.slow
 def test_all_follow_to_another_model(stack: Stack, pair: tuple[RunningService, RunningService]) -> None:
     """A re-index is run once, by anybody; services and workers that nobody told must find it out."""
     content = recording()
