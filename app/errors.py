@@ -200,6 +200,9 @@ class _Bugs:
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise
+            if isinstance(error, ClaspError):  # of a middleware: who asks could not be looked up, say
+                await problem(error.code, error.detail)(scope, receive, send)
+                return
             _log.error("unexpected error", exc_info=error)
             detail = "An unexpected error occurred. This is a bug; the log has the details."
             await problem("internal_error", detail)(scope, receive, send)

@@ -32,8 +32,8 @@ class Settings(BaseSettings):
     """Where `clasp models fetch` finds the Hugging Face hub, or a mirror; else HF_ENDPOINT says."""
     data_dir: Path = Path("index_data")
     """Everything the service stores."""
-    database_url: str | None = None
-    """The catalogue; by default a SQLite file in the data directory."""
+    database_url: Annotated[str | None, Field(repr=False)] = None
+    """The catalogue: `postgresql://USER:PASSWORD@HOST/DATABASE`; by default SQLite in the data directory."""
     vector_store: Literal["faiss", "torch"] = "faiss"
     """What searches vectors, on the device: FAISS (on a GPU with faiss-gpu only), or torch."""
     vector_store_half: bool = False

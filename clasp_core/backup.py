@@ -111,13 +111,13 @@ def backup(
     """Copy a library, which others may be using, to a new folder or over an earlier backup of it.
 
     Holds every recording that was acknowledged when it began and is not deleted while it is made, with
-    its bytes and vectors. Raises BackupFailed, also for a catalogue that is not in SQLite, where bytes
-    are not what the catalogue says, and while another backup is being made there. DataMismatch where a
-    newer version wrote the library.
+    its bytes and vectors. Raises BackupFailed, also where bytes are not what the catalogue says, and while
+    another backup is being made there. DataMismatch where a newer version wrote the library, or, in
+    PostgreSQL, an older.
     """
-    source = _catalog_path(data_dir, database_url, "Use pg_dump for it, and then copy the folder audio.")
-    if not source.is_file():
-        raise BackupFailed(f"There is no library in {data_dir}: {source} does not exist.")
+    source = _catalog_url(data_dir, database_url)
+    if _is_file(source) and not Path(source.database or "").is_file():
+        raise BackupFailed(f"There is no library in {data_dir}: {source.database} does not exist.")
     _require_apart(data_dir, destination)
     with _explained(f"The backup to {destination} was not made"):
         _claim(destination)
@@ -175,19 +175,22 @@ def restore(
     database_url: str | None = None,
     observe: Observer = lambda done, total: None,
 ) -> Manifest:
-    """Make a library of a backup, in a data directory that is empty or missing.
+    """Make a library of a backup, in a data directory that is empty or missing; with a `database_url` at
+    PostgreSQL, its catalogue there, in a database that holds none.
 
     Every byte is verified, written aside, and on disk before the library appears. Raises InvalidBackup
     naming the file that is missing or damaged, and BackupFailed where the directory is not empty or cannot
     be written; there is no library then. What a killed restore leaves, the next one clears away.
     """
-    catalog = _catalog_path(data_dir, database_url, "Use pg_restore for it, and then copy the folder audio.")
-    if catalog.resolve() != (data_dir / CATALOG_FILE).resolve():
+    target = _catalog_url(data_dir, database_url)
+    if not _is_file(target):
+        _require_empty_database(target)
+    elif Path(target.database or "").resolve() != (data_dir / CATALOG_FILE).resolve():
         raise BackupFailed(f"Unset CLASP_DATABASE_URL: the catalogue is restored to {data_dir}.")
     _require_apart(data_dir, folder)
     with _explained(f"{folder} was not restored to {data_dir}"), _reading(folder / LOCK):
         manifest = read_manifest(folder)
-        with _new_library(data_dir) as work:
+        with _new_library(data_dir, target) as work:
             store = AudioStore(work / AUDIO_FOLDER)
             for done, file in enumerate(manifest.files, 1):
                 with store.receive() as copy:
@@ -209,7 +212,7 @@ def restore(
 # --- making
 
 
-def _backup(source: Path, store: AudioStore, destination: Path, work: Path, observe: Observer) -> Outcome:
+def _backup(source: sa.URL, store: AudioStore, destination: Path, work: Path, observe: Observer) -> Outcome:
     """The catalogue first, then the bytes it names: what is added meanwhile is not in the copy, and bytes
     that are gone meanwhile are those of recordings deleted meanwhile, which are then taken out of it."""
     created_at = datetime.now(UTC)
@@ -218,7 +221,7 @@ def _backup(source: Path, store: AudioStore, destination: Path, work: Path, obse
     audio: list[File] = []
     dropped: list[str] = []
     copied = copied_bytes = 0
-    with closing(Catalog(_url(source), upgrade=False)) as live:
+    with closing(Catalog(source, upgrade=False)) as live:
         live.database.copy_to(work / "snapshot.sqlite3")
         with closing(Catalog(_url(work / "snapshot.sqlite3"))) as catalog:
             catalog.forget_leases()
@@ -331,7 +334,7 @@ def _claim(destination: Path) -> None:
 
 
 @contextmanager
-def _new_library(data_dir: Path) -> Iterator[Path]:
+def _new_library(data_dir: Path, catalog: sa.URL) -> Iterator[Path]:
     """A folder in which to make what an empty data directory is to hold; if all goes well, it then does.
 
     The catalogue comes last: bytes without one are nobody's.
@@ -351,7 +354,12 @@ def _new_library(data_dir: Path) -> Iterator[Path]:
                 fault("restore.verified")
                 (work / AUDIO_FOLDER).rename(data_dir / AUDIO_FOLDER)
                 fault("restore.moved")
-                os.link(work / CATALOG_FILE, data_dir / CATALOG_FILE)  # unlike a rename, never over another
+                if _is_file(catalog):
+                    # unlike a rename, never over another
+                    os.link(work / CATALOG_FILE, data_dir / CATALOG_FILE)
+                else:
+                    with closing(Catalog(catalog)) as filled:
+                        filled.database.fill_from(work / CATALOG_FILE)
                 fault("restore.linked")
                 sync_folder(data_dir)
                 sync_folder(data_dir.parent)
@@ -368,6 +376,14 @@ def _require_empty(data_dir: Path, allowed: set[str]) -> None:
         raise BackupFailed(
             f"{data_dir} is not empty, it holds {min(held)}. Give a data directory that is empty or missing."
         )
+
+
+def _require_empty_database(url: sa.URL) -> None:
+    with closing(Catalog(url)) as catalog, catalog.database.reading() as db:
+        if not catalog.database.is_empty(db):
+            raise BackupFailed(
+                f"The database {url.database} holds a library already. Give CLASP_DATABASE_URL an empty one."
+            )
 
 
 # --- both
@@ -430,14 +446,13 @@ def _url(path: Path) -> sa.URL:
     return sa.URL.create("sqlite", database=str(path))
 
 
-def _catalog_path(data_dir: Path, database_url: str | None, instead: str) -> Path:
-    """The file that the catalogue is in."""
-    if database_url is None:
-        return data_dir / CATALOG_FILE
-    url = sa.make_url(database_url)
-    if url.get_backend_name() != "sqlite" or not url.database:
-        raise BackupFailed(f"The catalogue is in {url.get_backend_name()}, not in a SQLite file. {instead}")
-    return Path(url.database)
+def _catalog_url(data_dir: Path, database_url: str | None) -> sa.URL:
+    """Where the catalogue is."""
+    return _url(data_dir / CATALOG_FILE) if database_url is None else sa.make_url(database_url)
+
+
+def _is_file(catalog: sa.URL) -> bool:
+    return catalog.get_backend_name() == "sqlite"
 
 
 def _require_apart(data_dir: Path, folder: Path) -> None:

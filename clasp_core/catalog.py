@@ -434,10 +434,11 @@ class Catalog:
 
     def oldest_pending(self) -> datetime | None:
         """When the recording that has waited longest arrived (UTC), or None where none waits."""
-        query = sa.select(sa.func.min(RECORDINGS.c.created_at)).where(RECORDINGS.c.status == "pending")
+        # by keys, of which there is an index for each status: for the least time PostgreSQL goes through all
+        query = sa.select(RECORDINGS.c.created_at).where(RECORDINGS.c.status == "pending")
         with self.database.reading() as db:
-            waiting: datetime | None = db.execute(query).scalar_one()
-        return waiting
+            row = db.execute(query.order_by(RECORDINGS.c.key).limit(1)).first()
+        return None if row is None else row.created_at
 
     # --- models
 
@@ -797,7 +798,8 @@ def _bucket(sha256: str) -> str:
 
 _HELD = (
     sa.func.count(),
-    sa.func.coalesce(sa.func.sum(RECORDINGS.c.size_bytes), 0),
+    # PostgreSQL makes a decimal of the sum of integers of 64 bits
+    sa.cast(sa.func.coalesce(sa.func.sum(RECORDINGS.c.size_bytes), 0), sa.BigInteger),
     sa.func.coalesce(sa.func.sum(RECORDINGS.c.duration_s), 0.0),
 )
 
@@ -816,9 +818,9 @@ def _admit_alone(db: sa.Connection, admission: Admission, size_bytes: int) -> No
     same moment wait here for each other, and therefore not before they have to."""
     if admission.is_counted and lock(db, f"key {admission.key}"):
         _check_quota(db, admission, size_bytes)
-    near = max(1, admission.max_pending - AT_THE_SAME_MOMENT)
-    if admission.max_pending and db.dialect.name != "sqlite" and _waiting(db, near):
-        lock(db, "queue")
+    calm = admission.max_pending - AT_THE_SAME_MOMENT
+    near = admission.max_pending and (calm <= 0 or _waiting(db, calm))
+    if near and lock(db, "queue"):
         _admit(db, Admission(max_pending=admission.max_pending), size_bytes)
 
 

@@ -155,6 +155,13 @@ API_KEYS = sa.Table(
     sa.Column("max_hours", sa.Float),
 )
 
+_NUMBERED = ((RECORDINGS, "key"), (CHANGES, "seq"))
+"""What is numbered, and never twice by the same number."""
+_VERSION = sa.Table("alembic_version", sa.MetaData(), sa.Column("version_num", sa.Text))
+_SQLITE_SEQUENCE = sa.Table(
+    "sqlite_sequence", sa.MetaData(), sa.Column("name", sa.Text), sa.Column("seq", sa.Integer)
+)
+
 WAITING_LOOKS_EVERY_S: Seconds = 5.0
 """How often whoever waits to be told looks for itself: what tells is lost with a connection, or a process."""
 _CHANNEL = "clasp_work"
@@ -261,18 +268,68 @@ class Database:
                 raise _damaged(self._engine, found[0])
 
     def copy_to(self, path: Path) -> None:
-        """Write what is committed at this moment to a new file, while others go on reading and writing.
+        """Write what is committed at this moment to a new SQLite file; others go on reading and writing.
 
-        SQLite only. Nothing of what was deleted is in it, as there may be in the pages of a file that
-        are free. It is not on disk yet when this returns.
+        Nothing of what was deleted is in it, as there may be in the pages of a file that are free. It is
+        not on disk yet when this returns. From PostgreSQL only where the schema is this version's: else
+        DataMismatch.
         """
-        with _intact(self._engine), closing(self._engine.raw_connection()) as db:
-            db.cursor().execute("VACUUM INTO ?", (str(path),))
+        if self.dialect == "sqlite":
+            with _intact(self._engine), closing(self._engine.raw_connection()) as db:
+                db.cursor().execute("VACUUM INTO ?", (str(path),))
+            return
+        with closing(Database(_file_url(path))) as copy, self.reading() as here, copy.writing() as there:
+            if not sa.inspect(here).has_table(_VERSION.name) or _revision(here) != _revision(there):
+                raise DataMismatch(
+                    "The catalogue's database is empty, or of another version of this program. Start the"
+                    " service once with this version, which brings it up to date."
+                )
+            _copy_rows(here, there)
+            there.execute(sa.delete(_SQLITE_SEQUENCE))
+            for table, key in _NUMBERED:
+                found = here.execute(sa.select(sa.func.pg_get_serial_sequence(table.name, key)))
+                name = found.scalar_one().rpartition(".")[2]
+                sequence = sa.table(name, sa.column("last_value"), sa.column("is_called"))
+                last = here.execute(sa.select(sequence.c.last_value).where(sequence.c.is_called)).scalar()
+                there.execute(sa.insert(_SQLITE_SEQUENCE).values(name=table.name, seq=last or 0))
+
+    def fill_from(self, path: Path) -> None:
+        """Take over all that is in a SQLite file that `copy_to` wrote, by this or an earlier version, in one
+        transaction. PostgreSQL only, and empty; DataMismatch where it is not."""
+        with closing(Database(_file_url(path))) as copy, copy.reading() as there, self.writing() as here:
+            lock(here, "schema")
+            if not self.is_empty(here):
+                raise DataMismatch("The catalogue's database holds a library already.")
+            _copy_rows(there, here)
+            for table, key in _NUMBERED:
+                query = sa.select(_SQLITE_SEQUENCE.c.seq).where(_SQLITE_SEQUENCE.c.name == table.name)
+                if last := there.execute(query).scalar_one_or_none():
+                    sequence = sa.func.pg_get_serial_sequence(table.name, key)
+                    here.execute(sa.select(sa.func.setval(sequence, last)))
+
+    def is_empty(self, db: sa.Connection) -> bool:
+        """Whether nothing was ever stored here."""
+        return not any(db.execute(sa.select(table).limit(1)).first() for table in TABLES.sorted_tables)
 
 
 def exists(db: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:
     """Whether there is such a row, in the table that the condition is about."""
     return bool(db.execute(sa.select(sa.exists().where(condition))).scalar_one())
+
+
+def _revision(db: sa.Connection) -> str:
+    return str(db.execute(sa.select(_VERSION)).scalar_one())
+
+
+def _copy_rows(source: sa.Connection, target: sa.Connection) -> None:
+    for table in sorted(TABLES.sorted_tables, key=lambda table: table is not RECORDINGS):  # others name those
+        rows = source.execute(sa.select(table).execution_options(yield_per=500))
+        for some in rows.partitions():
+            target.execute(sa.insert(table), [dict(row._mapping) for row in some])
+
+
+def _file_url(path: Path) -> sa.URL:
+    return sa.URL.create("sqlite", database=str(path))
 
 
 def lock(db: sa.Connection, *names: str, shared: bool = False) -> bool:

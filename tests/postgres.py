@@ -24,6 +24,11 @@ import sqlalchemy as sa
 
 from clasp_core.catalog import Catalog
 
+IN_A_FILE = pytest.mark.skipif(
+    os.environ.get("CLASP_TEST_DATABASE", "sqlite") != "sqlite",
+    reason="it is about the file that the catalogue is in by default",
+)
+
 _starting = threading.Lock()
 _databases: list[str] = []
 _of_folder: dict[Path, str] = {}
@@ -79,32 +84,56 @@ def database_settings(data_dir: Path) -> dict[str, str]:
     return {"database_url": _of_folder[data_dir]}
 
 
+class Server:
+    """A PostgreSQL that a test may stop and start; as a context manager it leaves nothing behind."""
+
+    def __init__(self) -> None:
+        # its socket lies in there, and a socket's path can have 107 characters
+        self._folder = Path(tempfile.mkdtemp(prefix="clasp-pg-", dir="/tmp"))
+        self._pid = 0
+        self._url = ""
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like to have XDG_RUNTIME_DIR
+            pgserver: Any = pytest.importorskip("pgserver", reason="no PostgreSQL: pip install pgserver")
+        for attempt in range(3):
+            with suppress(Exception if attempt < 2 else ()):  # what the one before left
+                pgserver.PostgresServer._instances.clear()
+                server = pgserver.get_server(self._folder / "data", cleanup_mode=None)
+                break
+        self._pid, self._url = server.get_pid(), server.get_uri()
+
+    def stop(self) -> None:
+        """At once, as by a power cut: a polite end waits for others."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGQUIT)
+        deadline = time.monotonic() + 10
+        while (self._folder / "data" / "postmaster.pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def url(self, password: str | None = None) -> str:
+        """Of a database that is there from the beginning; this server takes any password."""
+        return sa.make_url(self._url).set(password=password).render_as_string(hide_password=False)
+
+
 @cache
 def _server() -> str:
     """The URL of the server's own database."""
     if named := os.environ.get("CLASP_TEST_POSTGRES"):
         return named
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would like to have XDG_RUNTIME_DIR
-        pgserver: Any = pytest.importorskip("pgserver", reason="there is no PostgreSQL: pip install pgserver")
-    # its socket lies in there too, and a socket's path can have 107 characters
-    folder = Path(tempfile.mkdtemp(prefix="clasp-pg-", dir="/tmp"))
-    for attempt in range(3):
-        with suppress(Exception if attempt < 2 else ()):
-            server = pgserver.get_server(folder / "data", cleanup_mode=None)
-            break
-    atexit.register(_end, server.get_pid(), folder)
-    return str(server.get_uri())
-
-
-def _end(pid: int, folder: Path) -> None:
-    """At once, since what it has is thrown away: a polite end waits for a checkpoint and for others."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGQUIT)
-    deadline = time.monotonic() + 10
-    while (folder / "data" / "postmaster.pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    shutil.rmtree(folder, ignore_errors=True)
+    server = Server()
+    server.start()
+    atexit.register(server.__exit__)
+    return server.url()
 
 
 def _run(statement: str) -> None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+import sqlalchemy as sa
 
 from tests.postgres import database_settings
 
@@ -35,6 +36,18 @@ def engines(data_dir: Path) -> dict[str, object]:
     """Settings for the engines that the environment wants the service to be tested with, instead of those
     that need nothing: CLASP_TEST_DATABASE=postgresql. The same for the same data directory."""
     return {**database_settings(data_dir)}
+
+
+def sql(data_dir: Path, statement: str, **values: object) -> list[Any]:
+    """Run a statement on the catalogue of a data directory, behind everybody's back; the rows it gives."""
+    engine = sa.create_engine(
+        str(engines(data_dir).get("database_url", f"sqlite:///{data_dir}/catalog.sqlite3"))
+    )
+    with engine.begin() as db:
+        done = db.execute(sa.text(statement), values)
+        rows = list(done) if done.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def clasp(

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from app.errors import STATUS_OF
 from tests.app.test_errors import check_problem
 from tests.audio_files import encode, speech
-from tests.service import RunningService, clasp, eventually
+from tests.service import RunningService, clasp, eventually, sql
 
 KEYS = {
     "reader": ("--scope", "read"),
@@ -324,9 +323,8 @@ def test_a_cursor_counts_nothing(keyed: Keyed) -> None:
     said = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     assert said[1:] == [last["id"], last["collection"]]
     assert last["created_at"].startswith(said[0])
-    with sqlite3.connect(keyed.service.data_dir / "index_data" / "catalog.sqlite3") as catalog:
-        (key,) = catalog.execute("SELECT key FROM recordings WHERE id = ?", [last["id"]]).fetchone()
-    catalog.close()
+    where = "SELECT key FROM recordings WHERE id = :id"
+    ((key,),) = sql(keyed.service.data_dir / "index_data", where, id=last["id"])
     assert key not in said
 
 

@@ -19,7 +19,10 @@ import pytest
 from clasp_core.backup import restore
 from tests.app.test_processes import recording
 from tests.conftest import Sample
+from tests.postgres import IN_A_FILE
 from tests.service import RunningService, clasp, environment, eventually
+
+pytestmark = IN_A_FILE
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +180,10 @@ def test_trouble_is_one_line_and_status_1(running: RunningService, tmp_path: Pat
     assert clasp("backup", place, cwd=tmp_path, data_dir=data_dir).returncode == 0
     damaged = next(path for path in (place / "audio").rglob("*") if path.is_file())
     damaged.write_bytes(b"")
-    elsewhere = {"database_url": "postgresql://me:secret@db/clasp"}
+    elsewhere = {"database_url": "postgresql://me:secret@127.0.0.1:9/clasp"}
     for arguments, settings, words in (
         (["backup", clutter], {}, "folder of its own"),
-        (["backup", place], elsewhere, "pg_dump"),
+        (["backup", place], elsewhere, "database"),
         (["restore", place, "--data-dir", tmp_path / "new"], {}, damaged.name),
         (["restore", place, "--verify-only"], {}, damaged.name),
         (["restore", place, "--data-dir", file], {}, "File exists"),

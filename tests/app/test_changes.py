@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 
 from tests.app.test_errors import check_problem
 from tests.audio_files import encode, speech
-from tests.service import RunningService, clasp, eventually, is_alive
+from tests.service import RunningService, clasp, eventually, is_alive, sql
 
 
 def recording(seed: int, seconds: float = 1.0) -> bytes:
@@ -606,8 +604,7 @@ def test_a_deleted_recording_is_not_brought_back(service: RunningService, collec
     namesake = service.upload(recording(2), collection=collection, id=collection)
     assert namesake.status_code == 202
     assert send(service, collection, recording(1), **form).json()["status"] == "failed", "not the namesake"
-    with closing(sqlite3.connect(service.data_dir / "index_data" / "catalog.sqlite3")) as catalog:
-        rows = catalog.execute("SELECT * FROM once").fetchall()
+    rows = sql(service.data_dir / "index_data", "SELECT * FROM once")
     assert "secret" not in repr(rows)
 
 
@@ -668,9 +665,7 @@ def test_many_at_once_are_one(service: RunningService, collection: str) -> None:
 def test_a_key_s_time_ends(service: RunningService, collection: str) -> None:
     """After a day the key is anybody's again; housekeeping removes what nobody asks for."""
     send(service, collection, recording(1), collection=collection).raise_for_status()
-    with closing(sqlite3.connect(service.data_dir / "index_data" / "catalog.sqlite3")) as catalog:
-        catalog.execute("UPDATE once SET kept_until = kept_until - 86401")
-        catalog.commit()
+    sql(service.data_dir / "index_data", "UPDATE once SET kept_until = kept_until - 86401")
     assert send(service, collection, recording(2), collection=collection).status_code == 202
     assert len(service.listed(collection=collection)) == 2
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from tests.app.test_errors import check_problem
 from tests.app.test_processes import recording, refuses_to_start
+from tests.postgres import IN_A_FILE
 from tests.service import RunningService
 
 
+@IN_A_FILE
 def test_a_damaged_catalogue_is_refused(tmp_path: Path) -> None:
     """Above all one that is empty or gone beside its recordings: a service that began anew there would sweep
     them away. The line says that there are backups."""

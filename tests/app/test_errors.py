@@ -2,7 +2,6 @@
 
 import json
 import re
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from app.errors import STATUS_OF
 from clasp_core.errors import ClaspError
-from tests.service import RunningService
+from tests.service import RunningService, sql
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "errors.md"
 
@@ -139,16 +138,16 @@ def test_a_bug_too_has_the_one_form(tmp_path: Path) -> None:
     answer itself gives nothing away."""
     with RunningService(tmp_path, program="tests.stand_in", workers=0) as service:
         service.start()
-        with sqlite3.connect(tmp_path / "index_data" / "catalog.sqlite3") as catalog:
-            catalog.execute("DROP TABLE recordings")
-        catalog.close()
+        sql(tmp_path / "index_data", "ALTER TABLE recordings RENAME TO lost")
         answer = service.client.get("/audio", headers={"X-Request-ID": "unforeseen-1"})
         body = check_problem(answer, 500, "internal_error")
         assert body["request_id"] == "unforeseen-1"
         assert "recordings" not in answer.text
         logged = [line for line in map(json.loads, service.log().splitlines()) if line["level"] == "error"]
         assert any(
-            "no such table" in line["exception"] and line["request_id"] == "unforeseen-1" for line in logged
+            ("no such table" in line["exception"] or "UndefinedTable" in line["exception"])
+            and line["request_id"] == "unforeseen-1"
+            for line in logged
         )
         assert service.client.get("/healthz").status_code == 200
 

@@ -13,7 +13,10 @@ import pytest
 
 from tests.app.test_errors import check_problem
 from tests.kill_test import Sent, new_recording
+from tests.postgres import IN_A_FILE
 from tests.service import RunningService, eventually
+
+pytestmark = IN_A_FILE
 
 SmallDisk = Callable[[int], Path]
 

@@ -10,7 +10,10 @@ import pytest
 from clasp_core import faults
 from clasp_core.faults import POINTS
 from tests.kill_test import EVERYWHERE, run
+from tests.postgres import IN_A_FILE
 from tests.service import ROOT
+
+pytestmark = IN_A_FILE
 
 SAMPLE = [
     ("upload", "catalog.registered"),

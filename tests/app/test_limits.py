@@ -19,6 +19,7 @@ from clasp_core.limits import Quota
 from tests.app.test_access import Keyed, recording
 from tests.app.test_errors import check_problem
 from tests.audio_files import encode, speech
+from tests.postgres import database_settings
 from tests.service import RunningService, eventually
 
 STAND_IN = "tests.stand_in"
@@ -35,7 +36,8 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
             "small": (("write",), Quota(size_bytes=3 * SIZE - 1)),
             "brief": (("read", "write"), Quota(hours=0.0004)),
         }
-        with closing(open_catalog(running.data_dir / "index_data")) as catalog:
+        data_dir = running.data_dir / "index_data"
+        with closing(open_catalog(data_dir, **database_settings(data_dir))) as catalog:
             keys = Keys(catalog)
             keyed.texts["operator"] = keys.create("operator", ["admin"])[1]
             for name, (scopes, quota) in limits.items():

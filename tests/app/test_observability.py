@@ -8,14 +8,13 @@ import json
 import os
 import re
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +27,7 @@ import yaml
 from app import readiness
 from app.readiness import Watch
 from tests.audio_files import encode, speech
-from tests.service import ROOT, RunningService, eventually
+from tests.service import ROOT, RunningService, eventually, sql
 
 STAND_IN = "tests.stand_in"
 
@@ -277,17 +276,11 @@ LOSE_CHANGES = ("ALTER TABLE changes RENAME TO lost", "ALTER TABLE lost RENAME T
 @contextmanager
 def changed(service: RunningService, break_it: str, mend_it: str) -> Iterator[None]:
     """The catalogue as one statement leaves it, until another mends it."""
-
-    def run(statement: str) -> None:
-        with closing(sqlite3.connect(service.data_dir / "index_data" / "catalog.sqlite3", timeout=60)) as db:
-            db.execute(statement)
-            db.commit()
-
-    run(break_it)
+    sql(service.data_dir / "index_data", break_it)
     try:
         yield
     finally:
-        run(mend_it)
+        sql(service.data_dir / "index_data", mend_it)
 
 
 def traces_are_sent() -> bool:

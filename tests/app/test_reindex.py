@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,7 +25,8 @@ from clasp_core.types import Embeddings
 from tests.app.test_processes import refuses_to_start
 from tests.audio_files import encode, speech
 from tests.core.doubles import LetterTextEncoder, SpectralSpeechEncoder, add, random_vectors
-from tests.service import ROOT, RunningService, clasp, environment, eventually
+from tests.postgres import database_settings
+from tests.service import ROOT, RunningService, clasp, engines, environment, eventually, sql
 from tests.stand_in import OTHER
 
 QUESTION = "the train is late because of a tree"
@@ -65,7 +65,7 @@ def reindexing(
     command = [sys.executable, "-m", program, "reindex", "--model", str(model), "--json"]
     with subprocess.Popen(
         command,
-        env=environment(threads=1) | {"PYTHONPATH": str(ROOT)},
+        env=environment(threads=1, **engines(folder / "index_data")) | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -86,9 +86,9 @@ def finished(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def embedded_by(folder: Path) -> dict[str, int]:
     """Recordings that have vectors, by model."""
-    with contextlib.closing(sqlite3.connect(folder / "index_data" / "catalog.sqlite3")) as db:
-        counted = db.execute("SELECT model, count(DISTINCT recording) FROM segments GROUP BY model")
-        return dict(counted.fetchall())
+    return dict(
+        sql(folder / "index_data", "SELECT model, count(DISTINCT recording) FROM segments GROUP BY model")
+    )
 
 
 @dataclass
@@ -354,7 +354,8 @@ def test_a_model_that_is_not_there_changes_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, other: Path) -> None:
     """Ctrl-C is status 1 and one line, and what was done stays done. A worker on a machine of its own, which
     nobody would start anew, has the new model after the switch."""
-    from clasp_core.catalog import Catalog, NewRecording
+    from clasp_core.catalog import NewRecording
+    from clasp_core.library import open_catalog
     from clasp_core.store import AudioStore
 
     folder = tmp_path / "many"
@@ -373,15 +374,18 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
     assert 0 < done < 12
 
     command = [sys.executable, "-m", "app.cli", "worker"]
+    data_dir = tmp_path / "index_data"
     with (
         (tmp_path / "worker.log").open("wb") as log,
-        subprocess.Popen(command, env=environment(threads=1), cwd=tmp_path, stderr=log) as worker,
+        subprocess.Popen(
+            command, env=environment(threads=1, **engines(data_dir)), cwd=tmp_path, stderr=log
+        ) as worker,
     ):
         try:
             shown = clasp("reindex", "--model", other, cwd=tmp_path)
             assert shown.returncode == 0, shown.stderr
             assert shown.stdout.startswith(f"{12 - done} embedded, 0 failed\nswitched: ")
-            catalog = Catalog(f"sqlite:///{tmp_path / 'index_data' / 'catalog.sqlite3'}")
+            catalog = open_catalog(data_dir, **database_settings(data_dir))
             store = AudioStore(tmp_path / "index_data" / "audio")
             with store.receive() as upload:
                 upload.write(recording(100))

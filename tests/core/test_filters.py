@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from clasp_core.catalog import Catalog, Recording
 from clasp_core.filters import Bound, Condition, Filter
 from tests.core.doubles import STORED_MODEL, complete, random_vectors, register
+from tests.postgres import catalogue_url
 
 MEMBERS: list[tuple[str, object]] = [
     ("text", "x"),
@@ -45,7 +46,27 @@ MEMBERS: list[tuple[str, object]] = [
     ("'; DROP TABLE recordings; --", "x"),
     ('") OR 1=1 --', "x"),
 ]
-VALUES = ["x", "1", "true", "", "سعدی", "😀", "%", 1, 1.0, 1.5, 0, -0.1, 2**53, 2**53 + 1, 2**70, True, False]
+VALUES = [
+    "x",
+    "1",
+    "x\0",
+    "\0x",
+    "true",
+    "",
+    "سعدی",
+    "😀",
+    "%",
+    1,
+    1.0,
+    1.5,
+    0,
+    -0.1,
+    2**53,
+    2**53 + 1,
+    2**70,
+    True,
+    False,
+]
 
 
 RELATIONS = ("eq", "ne", "in", "gt", "gte", "lt", "lte", "exists")
@@ -58,6 +79,17 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
     opened.adopt(STORED_MODEL)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def each_catalog(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Catalog]:
+    with catalogue_url(request.param, tmp_path_factory.mktemp("each")) as url:
+        opened = Catalog(url)
+        opened.adopt(STORED_MODEL)
+        yield opened
+        opened.close()
 
 
 def kind(value: object) -> str | None:
@@ -166,9 +198,10 @@ COLLECTIONS = itertools.count()
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_every_relation_with_every_kind(catalog: Catalog, relation: str) -> None:
+def test_every_relation_with_every_kind(each_catalog: Catalog, relation: str) -> None:
     """Names in any script, with any quotes and dots, are names and not paths or SQL; kinds are never
-    mixed."""
+    mixed. PostgreSQL holds no U+0000, but can be asked for one."""
+    catalog = each_catalog
     collection = f"kinds-{relation}"
     for number, (name, value) in enumerate(MEMBERS):
         register(
@@ -179,8 +212,10 @@ def test_every_relation_with_every_kind(catalog: Catalog, relation: str) -> None
         )
     everywhere = Condition.of("same", "eq", "everywhere")
     tried: list[Any] = [True, False] if relation == "exists" else [*VALUES, None]
-    for name in {name for name, _ in MEMBERS} | {"absent", "dots.and", '$."text"', "dots.and[0"}:
-        for value in tried:
+    for name in {name for name, _ in MEMBERS} | {"absent", "dots.and", '$."text"', "dots.and[0", "text\0"}:
+        for value in tried if catalog.database.dialect == "sqlite" else tried[::3]:
+            if value == 2**70 and catalog.database.dialect == "postgresql":
+                continue  # a decimal there, as it was written, and not the nearest double
             if relation in ORDERS and kind(value) not in ("text", "number"):
                 with pytest.raises(ValueError, match="compares"):
                     Condition.of(name, relation, value)  # type: ignore[arg-type]
