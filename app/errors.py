@@ -194,6 +194,10 @@ class _Bugs:
 
         try:
             await self._app(scope, receive, watched)
+        except ClaspError as error:  # of another middleware: Starlette's handlers are within
+            if begun or scope["type"] != "http":
+                raise
+            await problem(error.code, error.detail)(scope, receive, send)
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise

@@ -23,6 +23,8 @@ can see what was committed.
 
 import hashlib
 import json
+import logging
+import re
 import sqlite3
 import threading
 import time
@@ -33,8 +35,10 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+import alembic.script
 import alembic.util
 import sqlalchemy as sa
+from alembic.runtime.migration import MigrationContext
 
 from clasp_core.errors import DatabaseUnavailable, DataDamaged, DataMismatch, DiskFull, ExtraMissing
 from clasp_core.faults import fault
@@ -55,6 +59,8 @@ class _Text(sa.TypeDecorator[str]):
             return value
         return value.replace("\0", "\ufffd")
 
+
+_log = logging.getLogger(__name__)
 
 _key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 TABLES = sa.MetaData()
@@ -514,7 +520,8 @@ def _migrate(url: str | sa.URL, create: bool) -> None:
             if not create and not sa.inspect(db).has_table(RECORDINGS.name):
                 raise _damaged(engine, "it is empty")
             config.attributes["connection"] = db
-            alembic.command.upgrade(config, "head")
+            if not _is_borne(db, alembic.script.ScriptDirectory.from_config(config)):
+                alembic.command.upgrade(config, "head")
             for table in TABLES.sorted_tables:  # a column whose name is damaged is met here, and not later
                 db.execute(sa.select(table).limit(0))
             fault("catalog.migrated")
@@ -529,3 +536,22 @@ def _migrate(url: str | sa.URL, create: bool) -> None:
         ) from error
     finally:
         engine.dispose()
+
+
+_BEARS = re.compile(r"\d{4}_bears_(\d{4})")
+"""How a migration is called that programs of an older schema, down to the second number, can live with: it
+only adds what they need not know of. A plain number, such as 0006, says that none can."""
+
+
+def _is_borne(db: sa.Connection, known: alembic.script.ScriptDirectory) -> bool:
+    """Whether a newer program upgraded the schema, and in such a way that this one can go on using it: during
+    a rolling upgrade, services and workers of the old version must still be able to start."""
+    written, head = MigrationContext.configure(db).get_current_revision(), known.get_current_head()
+    if written is None or head is None or (borne := _BEARS.fullmatch(written)) is None:
+        return False
+    if written in {script.revision for script in known.walk_revisions()} or head[:4] < borne[1]:
+        return False
+    _log.warning(
+        "a newer version of this program upgraded the catalogue; this one goes on", extra={"schema": written}
+    )
+    return True

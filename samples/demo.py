@@ -25,22 +25,22 @@ KEPT_SETTINGS = ("CLASP_MODEL", "CLASP_MODELS_DIR", "CLASP_DEVICE", "CLASP_THREA
 
 
 def main() -> int:
-    recordings = _lines("manifest.jsonl")
-    questions = _lines("questions.jsonl")
+    recordings = lines("manifest.jsonl")
+    questions = lines("questions.jsonl")
     with tempfile.TemporaryDirectory(prefix="clasp-demo-") as data_dir, _service(Path(data_dir)) as client:
         started = time.monotonic()
-        _index(client, recordings)
+        index(client, recordings)
         seconds = sum(recording["duration_s"] for recording in recordings)
         print(
             f"{len(recordings)} recordings ({seconds:.0f} s) indexed in {time.monotonic() - started:.0f} s\n"
         )
-        right = sum([_ask(client, question) for question in questions])
+        right = sum([ask(client, question) for question in questions])
     languages = len({question["lang"] for question in questions})
     print(f"\n{right} of {len(questions)} questions in {languages} languages found their recording first")
     return 0 if right == len(questions) else 1
 
 
-def _lines(name: str) -> list[dict[str, Any]]:
+def lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (SAMPLES / name).read_text(encoding="utf-8").splitlines()]
 
 
@@ -88,18 +88,21 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], lo
     raise SystemExit(f"The service did not start:\n{log.read_text(errors='replace')}")
 
 
-def _index(client: httpx.Client, recordings: list[dict[str, Any]]) -> None:
+def index(client: httpx.Client, recordings: list[dict[str, Any]], collection: str = "default") -> None:
+    """Upload sample recordings and wait until they can be found. SystemExit where that does not come."""
     for recording in recordings:
         content = (SAMPLES / recording["audio"]).read_bytes()
         form = {
             "id": recording["id"],
             "lang": recording["lang"],
+            "collection": collection,
             "metadata": json.dumps({"said": recording["text"]}),
         }
         client.post("/audio", files={"file": content}, data=form).raise_for_status()
     deadline = time.monotonic() + INDEX_WITHIN_S
     while time.monotonic() < deadline:
-        states = {item["id"]: item for item in client.get("/audio", params={"limit": 1000}).json()["items"]}
+        page = client.get("/audio", params={"limit": 1000, "collection": collection}).raise_for_status()
+        states = {item["id"]: item for item in page.json()["items"]}
         if failed := [item for item in states.values() if item["status"] == "failed"]:
             raise SystemExit(f"Could not be indexed: {failed}")
         if all(item["status"] == "ready" for item in states.values()):
@@ -108,11 +111,10 @@ def _index(client: httpx.Client, recordings: list[dict[str, Any]]) -> None:
     raise SystemExit("The recordings were not indexed in time.")
 
 
-def _ask(client: httpx.Client, question: dict[str, Any]) -> bool:
+def ask(client: httpx.Client, question: dict[str, Any], collection: str = "default") -> bool:
     """Ask, print what was found, and say whether it is right."""
-    answer = client.get("/search", params={"q": question["q"], "lang": question["lang"], "limit": 3})
-    answer.raise_for_status()
-    hits = answer.json()["hits"]
+    asked = {"q": question["q"], "lang": question["lang"], "limit": 3, "collection": collection}
+    hits = client.get("/search", params=asked).raise_for_status().json()["hits"]
     right = bool(hits) and hits[0]["id"] == question["expect"]
     if right and "expect_start_s" in question:
         best = hits[0]["segments"][0]

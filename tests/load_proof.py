@@ -206,7 +206,7 @@ def prove(
         "asked_s": round(asked_s),
         "drained_s": round(drained_s),
         "answers": dict(sorted(load.statuses.items())),
-        "milliseconds": {kind: _percentiles(seconds) for kind, seconds in sorted(load.seconds.items())},
+        "milliseconds": {kind: percentiles(seconds) for kind, seconds in sorted(load.seconds.items())},
         "acknowledged": len(load.acknowledged),
         "listed": len(items),
         "ready": sum(status == "ready" for status in status_of.values()),
@@ -228,7 +228,8 @@ def prove(
     }
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """In milliseconds."""
     ordered = sorted(seconds)
     return {
         f"p{percent}": round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
