@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow check audit bench golden train clean
+.PHONY: help demo serve test test-slow test-scaled check audit bench golden train clean
 
 help:
 	@sed -n '2,6s/^# *//p' Makefile
@@ -41,6 +41,11 @@ test: $(VENV)/dev
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+# The tests over HTTP once more, with the catalogue in PostgreSQL and the vectors in Milvus.
+test-scaled: $(VENV)/dev
+	CLASP_TEST_DATABASE=postgresql CLASP_TEST_VECTOR_STORE=milvus \
+		$(BIN)/python -m pytest tests/app --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
