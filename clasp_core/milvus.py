@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from pymilvus.client.ts_utils import get_collection_ts
+from pymilvus.client.types import SegmentState
 from pymilvus.exceptions import MilvusException
 
 from clasp_core.catalog import Catalog, Changes
@@ -97,6 +98,8 @@ UNUSED_KEPT_S: Seconds = 600.0
 SEALED_BYTES = 512 << 20
 """Milvus's own segments, each of which has lists of its own, are full at this size. Smaller ones get fewer
 lists (one for 39 rows), by themselves."""
+EVERY_LIST = 65_536
+"""The most that Milvus takes; more than there are is all of them."""
 SETTLED = 0.98
 """The share of the rows that must be in lists for recall to be measured: others are looked at whole."""
 SETTLE_AT_MOST_S: Seconds = 60.0
@@ -540,7 +543,7 @@ class MilvusIndex:
             # by their ids, since each replica of the collection has them
             kept = {one.segment_id: one for one in self._client.list_persistent_segments(state.name)}
             listed = {one.segment_id for one in self._client.list_loaded_segments(state.name) if one.index_id}
-            rows = {number: one.num_rows for number, one in kept.items() if one.state == "Flushed"}
+            rows = {number: one.num_rows for number, one in kept.items() if one.state == SegmentState.Flushed}
             if sum(rows[number] for number in rows.keys() & listed) >= SETTLED * sum(rows.values()) > 0:
                 self._unsettled_until = 0.0
                 return True
@@ -704,6 +707,8 @@ class _Search:
         """For each query the best rows of so many lists: scores and segments' numbers."""
         if not len(queries):
             return []
+        if probes >= self._index.lists:
+            probes = EVERY_LIST
         nprobe = {"params": {"nprobe": probes}} if self._index.kind == "ivf" else {}
         answer = self._index._client.search(
             self._state.name,
