@@ -1,14 +1,14 @@
 """From settings to an open model and library: the one place where the service and the verbs agree on how."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from app.settings import Settings
 from clasp_core.catalog import Catalog
 from clasp_core.errors import ExtraMissing
 from clasp_core.library import AUDIO_FOLDER, Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
-from clasp_core.scaling import scaling_for
+from clasp_core.scaling import Scaling, scaling_for
 from clasp_core.store import INCOMING, AudioStore
 
 
@@ -61,7 +61,13 @@ def _index(settings: Settings) -> dict[str, Any]:
         raise ExtraMissing(
             "CLASP_VECTOR_STORE=milvus:... needs Milvus's client: pip install 'clasp-search[milvus]'."
         ) from error
-    return {"shared_index": milvus_at(uri, settings.vector_store_token)}
+    kind: Literal["flat", "ivf"] = "ivf" if settings.vector_index == "ivf" else "flat"
+    return {
+        "scaling": Scaling(kind=kind, floor=settings.recall_floor),
+        "shared_index": milvus_at(
+            uri, settings.vector_store_token, kind=kind, exhaustive_up_to=settings.flat_up_to
+        ),
+    }
 
 
 def open_configured_catalog(settings: Settings) -> Catalog:

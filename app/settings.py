@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     """Whether FAISS's copy of the vectors on a GPU has 16 bits a number; results stay the same."""
     vector_index: Literal["auto", "flat", "half", "ivf"] = "auto"
     """How the index keeps vectors: float32, float16, or float16 in lists of which some are searched; `auto`
-    goes by their number."""
+    goes by their number. In Milvus `ivf` is IVF_FLAT, and all else FLAT."""
     flat_up_to: Annotated[int, Field(ge=0)] = 200_000
     """Vectors up to which `auto` is flat; a filter that leaves so many is searched exactly in any case."""
     half_up_to: Annotated[int, Field(ge=0)] = 400_000

@@ -47,9 +47,9 @@ SNAPSHOT_FILE = "manifest.json"
 _FORMAT = 2
 """Format 1 had no kind: all were flat."""
 
-_QUESTIONS = 200
+QUESTIONS = 200
 """Recall is measured by so many questions, and confirmed by as many others."""
-_FINER = 1.5
+FINER = 1.5
 """Filters cut finer than the regions that they are measured by: so many times as much is looked at."""
 _FAR = 0.8
 """How far a question is from what it asks for: it is a stored vector and a random one of this length, at unit
@@ -117,6 +117,20 @@ class Index(Protocol):
     @property
     def point(self) -> tuple[int, str]:
         """The last change of the catalogue, by number and token, that is known to be in it."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """How it keeps vectors."""
+        ...
+
+    @property
+    def recall(self) -> Recall | None:
+        """What was measured last, where not everything is looked at."""
+        ...
+
+    def calibrate(self, floor: float, given_up: Wanted = lambda: False) -> None:
+        """As `VectorIndex.calibrate`."""
         ...
 
     def __len__(self) -> int:
@@ -370,11 +384,7 @@ class VectorIndex:
         if lists is None:
             return
         chance = np.random.default_rng()
-        vectors = read_vectors(self._read, self.drawn(2 * _QUESTIONS), self.dim)
-        chance.shuffle(vectors)
-        aside = chance.standard_normal(vectors.shape).astype(np.float32)
-        questions = vectors + _FAR * aside / np.linalg.norm(aside, axis=1, keepdims=True)
-        questions /= np.linalg.norm(questions, axis=1, keepdims=True)
+        questions = questions_near(read_vectors(self._read, self.drawn(2 * QUESTIONS), self.dim), chance)
         needed, filtered = [], []
         for question in questions:
             if given_up():
@@ -385,7 +395,7 @@ class VectorIndex:
                 filtered.append(lists.probes_needed(question, owners, lists.some_regions(chance)))
         probes, share, at_least = fewest_probes(needed, floor, lists=lists.lists)
         more, _, _ = fewest_probes(filtered, floor, lists=lists.lists)
-        more = math.ceil(_FINER * more)
+        more = math.ceil(FINER * more)
         recall = Recall(share, at_least, probes, len(lists.numbers), max(probes, more))
         with self._lock.gen_wlock():
             lists.recall = recall
@@ -460,6 +470,16 @@ class VectorIndex:
                     index.file = snapshot.file
                     return index
         return cls(dim, model, new_store, read=read)
+
+
+def questions_near(vectors: Embeddings, chance: np.random.Generator) -> Embeddings:
+    """Questions to measure recall by, one for each of these vectors and as far from it as texts are from
+    speech, in any order."""
+    vectors = chance.permutation(vectors)
+    aside = chance.standard_normal(vectors.shape).astype(np.float32)
+    questions = vectors + _FAR * aside / np.linalg.norm(aside, axis=1, keepdims=True)
+    near: Embeddings = questions / np.linalg.norm(questions, axis=1, keepdims=True)
+    return near
 
 
 def read_vectors(read: Reader | None, numbers: NDArray[np.int64], dim: int) -> Embeddings:

@@ -26,7 +26,7 @@ SAMPLE_PER_LIST = 40
 """Vectors to train by for each list; FAISS warns below 39."""
 _ROUNDS = 6
 _AT_ONCE = 4096
-_NEARLY_ALL = 0.95
+NEARLY_ALL = 0.95
 """What lets so many pass is no filter: a few that were deleted of a mapped file, mostly."""
 _CONFIDENCE = 2.0
 """Standard errors below the mean at which recall must still reach the floor: true in 39 cases of 40."""
@@ -172,7 +172,7 @@ class IvfStore:
         seen = np.cumsum(np.bincount(inside, minlength=self.lists)[order], axis=1)
         deeper = max(1.0, count / DEPTH)
         least: float = count
-        if passing < _NEARLY_ALL * len(self._numbers):
+        if passing < NEARLY_ALL * len(self._numbers):
             least = max(count, deeper * recall.filtered * len(self._numbers) / self.lists)
         needed = 1 + np.argmax(seen >= min(least, passing), axis=1)
         probes = np.maximum(needed, min(self.lists, math.ceil(deeper * recall.probes)))

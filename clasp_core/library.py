@@ -397,7 +397,7 @@ class Library:
 
     def rescale(self, given_up: Wanted = lambda: False) -> None:
         """Have the index of the kind that its size wants (`Scaling`), and its recall measured. One that is
-        shared is as it is.
+        shared keeps its kind.
 
         Another index is made while the one there is answers and follows, and takes its place at once when it
         has everything. Takes minutes where there is something to do; for one thread. Raises GivenUp soon
@@ -405,9 +405,15 @@ class Library:
         """
         index, scaling = self.refresh(), self._scaling
         began = time.perf_counter()
-        if not isinstance(index, VectorIndex) or not self.is_current():
+        if not self.is_current():
             return
-        if (snapshot := self._newer_snapshot(index)) is not None:
+        if not isinstance(index, VectorIndex):
+            before = index.recall
+            if scaling.wants_measuring(index):
+                index.calibrate(scaling.floor, given_up)
+            if index.recall == before:
+                return
+        elif (snapshot := self._newer_snapshot(index)) is not None:
             another = self._loaded()
             if another.file == snapshot.file:
                 self._exchange(index, another, given_up)
@@ -488,7 +494,7 @@ class Library:
         """The kind of the index; its measured recall at ten, 1 where everything is looked at; in how many
         lists it looks."""
         index = self._index
-        if not isinstance(index, VectorIndex):
+        if index is None:
             return "flat", 1.0, 1
         recall = index.recall
         return (index.kind, 1.0, 1) if recall is None else (index.kind, recall.share, recall.probes)

@@ -18,14 +18,15 @@ The turn (`catalog.take_turn`) saves processes from doing the same at once. Noth
 
 import json
 import logging
+import math
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import grpc
@@ -33,13 +34,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from pymilvus.client.ts_utils import get_collection_ts
+from pymilvus.client.types import SegmentState
 from pymilvus.exceptions import MilvusException
 
 from clasp_core.catalog import Catalog, Changes
 from clasp_core.errors import DiskFull, IndexUnavailable
 from clasp_core.faults import fault
+from clasp_core.filters import EVERYTHING
 from clasp_core.index import (
+    FINER,
     ORDINAL_BITS,
+    QUESTIONS,
     Among,
     Grouping,
     Match,
@@ -49,9 +54,23 @@ from clasp_core.index import (
     exact_scores,
     follow_up,
     place_of,
+    questions_near,
+    read_vectors,
+)
+from clasp_core.ivf import (
+    DEPTH,
+    NEARLY_ALL,
+    RECALL_AT,
+    GivenUp,
+    Recall,
+    Wanted,
+    fewest_probes,
+    lists_for,
 )
 from clasp_core.types import Embeddings, Seconds
 from clasp_core.vectors import FaissStore
+
+_log = logging.getLogger(__name__)
 
 # they log what failed, with the request: what people asked for, and the names of their collections
 for _name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite"):
@@ -76,15 +95,36 @@ REST_S: Seconds = 1.0
 """After trouble, how long nobody asks again: requests then fail at once, not each after a timeout."""
 UNUSED_KEPT_S: Seconds = 600.0
 """How long a collection that is not used any more outlives its last change."""
+SEALED_BYTES = 512 << 20
+"""Milvus's own segments, each of which has lists of its own, are full at this size. Smaller ones get fewer
+lists (one for 39 rows), by themselves."""
+EVERY_LIST = 65_536
+"""The most that Milvus takes; more than there are is all of them."""
+SETTLED = 0.98
+"""The share of the rows that must be in lists for recall to be measured: others are looked at whole."""
+SETTLE_AT_MOST_S: Seconds = 60.0
+SETTLE_AGAIN_S: Seconds = 600.0
+"""How long nobody tries again where they were not: each time seals a segment, be it ever so small."""
+RECALL_KEPT_S: Seconds = 86_400.0
+"""After which it is measured again: Milvus merges segments, and two have twice the lists of one."""
+MEASURED_AT_ONCE = 10
+MEASURING_S: Seconds = 60.0
+"""The turn of who measures."""
 ANSWER_WITHIN_S: Seconds = 10.0
 WRITE_WITHIN_S: Seconds = 60.0
 
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9._:-]*")
 
 
-def milvus_at(uri: str, token: str = "") -> Callable[[Catalog, str, int], "MilvusIndex"]:
+Layout = Literal["flat", "ivf"]
+
+
+def milvus_at(
+    uri: str, token: str = "", *, kind: Layout = "flat", exhaustive_up_to: int = 200_000
+) -> Callable[[Catalog, str, int], "MilvusIndex"]:
     """What opens the index in the Milvus at `uri`: `http://` or `https://` with host and port, or the path of
     a milvus-lite file that ends in `.db`. The token, or `user:password` in the URI, is in no message.
+    `kind` and `exhaustive_up_to` are as MilvusIndex has them.
 
     Raises IndexUnavailable for another kind of URI.
     """
@@ -97,7 +137,7 @@ def milvus_at(uri: str, token: str = "") -> Callable[[Catalog, str, int], "Milvu
         userinfo, _, host = parts.netloc.rpartition("@")
         token = token or unquote(userinfo)
         uri = urlunsplit(parts._replace(netloc=host))
-    return partial(MilvusIndex, uri=uri, token=token)
+    return partial(MilvusIndex, uri=uri, token=token, kind=kind, exhaustive_up_to=exhaustive_up_to)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +166,34 @@ class _Proposals:
 
 
 class MilvusIndex:
-    """Exact cosine search over unit vectors that are in Milvus. Connects when first followed."""
+    """Cosine search over unit vectors that are in Milvus. Connects when first followed.
+
+    Exact where it is flat. `ivf` is Milvus's IVF_FLAT: scores are exact, and so many lists are looked at as
+    was measured to be enough (`calibrate`); all of them until then, and where a filter leaves no more than
+    `exhaustive_up_to` rows.
+    """
 
     is_shared = True
 
-    def __init__(self, catalog: Catalog, model: str, dim: int, *, uri: str, token: str = "") -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        model: str,
+        dim: int,
+        *,
+        uri: str,
+        token: str = "",
+        kind: Layout = "flat",
+        exhaustive_up_to: int = 200_000,
+    ) -> None:
         self.model = model
+        self.kind: Layout = kind
+        self.lists = lists_for(SEALED_BYTES // (4 * dim)) if kind == "ivf" else 1
+        """In each of Milvus's segments, at most."""
+        self.exhaustive_up_to = exhaustive_up_to
+        self._measured: tuple[str, Recall | None, float] = ("", None, 0.0)
+        """Of which collection, what, and when (seconds since 1970)."""
+        self._unsettled_until = 0.0
         self.dim = dim
         self._catalog = catalog
         self._uri = uri
@@ -183,7 +245,8 @@ class MilvusIndex:
             self._client = MilvusClient(uri=self._uri, token=self._token, timeout=ANSWER_WITHIN_S)
             self._library = f"clasp_{self._catalog.identity()}"
             model = re.sub(r"[^A-Za-z0-9]", "_", self.model)
-            self._base = f"{self._library}_{model}_{self.dim}_{FORMAT}"
+            kind = "" if self.kind == "flat" else f"_{self.kind}"
+            self._base = f"{self._library}_{model}_{self.dim}_{FORMAT}{kind}"
 
     def _look(self) -> None:
         """What Milvus says. Whether that is less than was known here is asked twice, since an answer may be a
@@ -200,19 +263,23 @@ class MilvusIndex:
             self._how_many(said, "")
 
     def _said(self, consistency: str) -> _State | None:
-        notes = self._notes(
-            [self._base] if self._state is None else [self._base, self._state.name], consistency
-        )
+        known = () if self._state is None else (self._state.name, _recall_of(self._state.name))
+        notes = self._notes([self._base, *known], consistency)
         if (pointer := notes.get(self._base)) is None:
             return None
         name = pointer["collection"]
-        note = notes.get(name) or self._notes([name], consistency).get(name)
+        if name not in notes:
+            notes = self._notes([name, _recall_of(name)], consistency)
+        note, measured = notes.get(name), notes.get(_recall_of(name))
         if note is None or not self._client.has_collection(name, timeout=ANSWER_WITHIN_S):
             return None
+        if measured is not None:
+            recall = Recall(**json.loads(measured["collection"]))
+            self._measured = (name, recall, float(measured["noted_at"]))
         return _State(name, (int(note["seq"]), note["token"]), int(note["written"]))
 
     def _notes(self, names: Sequence[str], consistency: str) -> dict[str, Mapping[str, Any]]:
-        fields = ["name", "collection", "seq", "token", "written"]
+        fields = ["name", "collection", "seq", "token", "written", "noted_at"]
         try:
             rows = self._client.query(
                 POINTS,
@@ -271,6 +338,8 @@ class MilvusIndex:
         while changes := self._catalog.changes(state.point[0], limit=at_once, model=self.model, dim=self.dim):
             state = self._state = self._apply(state, changes)
             follow_up(self._catalog, changes, self.model)
+        if self.kind == "ivf":  # by which it is known when to measure again
+            self._how_many(state, "")
 
     def _begin(self) -> _State:
         """A new, empty collection, which all go over to."""
@@ -283,7 +352,10 @@ class MilvusIndex:
         schema.add_field("seq", DataType.INT64)
         schema.add_field("collection", DataType.VARCHAR, max_length=128)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self.dim)
-        self._create(state.name, schema, "IP")
+        if self.kind == "ivf":
+            self._create(state.name, schema, "IP", index_type="IVF_FLAT", params={"nlist": self.lists})
+        else:
+            self._create(state.name, schema, "IP")
         fault("milvus.created")
         self._note(state.name, state)
         self._note(self._base, state)
@@ -307,9 +379,11 @@ class MilvusIndex:
             if not self._client.has_collection(POINTS, timeout=ANSWER_WITHIN_S):
                 raise
 
-    def _create(self, name: str, schema: object, metric: str) -> None:
+    def _create(
+        self, name: str, schema: object, metric: str, *, index_type: str = "FLAT", **more: object
+    ) -> None:
         index = MilvusClient.prepare_index_params()
-        index.add_index("vector", index_type="FLAT", metric_type=metric)
+        index.add_index("vector", index_type=index_type, metric_type=metric, **more)
         self._client.create_collection(
             name, schema=schema, index_params=index, consistency_level="Strong", timeout=WRITE_WITHIN_S
         )
@@ -350,11 +424,11 @@ class MilvusIndex:
         fault("milvus.noted")
         return state
 
-    def _note(self, name: str, state: _State) -> None:
+    def _note(self, name: str, state: _State, says: str = "") -> None:
         row = {
             "name": name,
             "library": self._library,
-            "collection": state.name,
+            "collection": says or state.name,
             "seq": state.point[0],
             "token": state.point[1],
             "written": state.written,
@@ -396,8 +470,9 @@ class MilvusIndex:
         with self._asking():
             if state is None:
                 raise IndexUnavailable("The vector index is being opened; ask again in a moment.")
-            size = sum(self._how_many(state, expression) for expression in where)
-            search = _Search(self, state, where, size, segments, group_by)
+            search = _Search(
+                self, state, {one: self._how_many(state, one) for one in where}, segments, group_by
+            )
             depths = [min(DEEPEST, 4 * limit + 16) for limit in limits]
             found = search.nearest(queries, max(depths))
             firsts = [_cut(one, depth) for one, depth in zip(found, depths, strict=True)]
@@ -426,6 +501,82 @@ class MilvusIndex:
             self._counts[state, expression] = count
         return count
 
+    # --- recall
+
+    @property
+    def recall(self) -> Recall | None:
+        """What was measured last of this collection, by whichever process. It counts for none that there are
+        now (count 0) once it is to be measured again."""
+        state, (name, recall, measured_at) = self._state, self._measured
+        if state is None or recall is None or state.name != name:
+            return None
+        return recall if time.time() - measured_at < RECALL_KEPT_S else replace(recall, count=0)
+
+    def calibrate(self, floor: float, given_up: Wanted = lambda: False) -> None:
+        """As `VectorIndex.calibrate`, for all processes: the figures are kept in Milvus, beside the point.
+
+        Milvus has to seal the rows and to put them into lists first, which this awaits. Where it does not, or
+        cannot tell, or another process is measuring, nothing changes, and it can be tried again. Raises
+        GivenUp soon after that is so.
+        """
+        state, before = self._state, self._measured
+        if self.kind != "ivf" or state is None or time.monotonic() < self._unsettled_until:
+            return
+        turn = _recall_of(self._base)
+        if not self._catalog.take_turn(turn, self._owner, MEASURING_S):
+            return
+        try:
+            self._said("Strong")
+            if self._measured == before and self._settled(state, given_up):
+                self._measure(state, floor, turn, given_up)
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError):
+            _log.debug("recall cannot be measured: Milvus does not tell what is in lists")
+        finally:
+            self._catalog.end_turn(turn, self._owner)
+
+    def _settled(self, state: _State, given_up: Wanted) -> bool:
+        """Have what was written sealed; whether nearly all of it is in lists then."""
+        self._unsettled_until = time.monotonic() + SETTLE_AGAIN_S
+        patience = time.monotonic() + SETTLE_AT_MOST_S
+        self._client.flush(state.name, timeout=WRITE_WITHIN_S)
+        while time.monotonic() < patience:
+            # by their ids, since each replica of the collection has them
+            kept = {one.segment_id: one for one in self._client.list_persistent_segments(state.name)}
+            listed = {one.segment_id for one in self._client.list_loaded_segments(state.name) if one.index_id}
+            rows = {number: one.num_rows for number, one in kept.items() if one.state == SegmentState.Flushed}
+            if sum(rows[number] for number in rows.keys() & listed) >= SETTLED * sum(rows.values()) > 0:
+                self._unsettled_until = 0.0
+                return True
+            if given_up():
+                raise GivenUp
+            time.sleep(0.5)
+        return False
+
+    def _measure(self, state: _State, floor: float, turn: str, given_up: Wanted) -> None:
+        chance = np.random.default_rng()
+        search = _Search(self, state, {"": self._how_many(state, "")}, RECALL_AT, "recording")
+        needed: list[NDArray[np.int64]] = []
+        questions = questions_near(self._drawn(chance), chance)
+        for start in range(0, len(questions), MEASURED_AT_ONCE):
+            if given_up():
+                raise GivenUp
+            self._catalog.take_turn(turn, self._owner, MEASURING_S)
+            needed += search.probes_needed(questions[start : start + MEASURED_AT_ONCE])
+        probes, share, at_least = fewest_probes(needed, floor, lists=self.lists)
+        filtered = min(self.lists, math.ceil(FINER * probes))
+        recall = Recall(share, at_least, probes, self._how_many(state, ""), filtered)
+        self._note(_recall_of(state.name), state, json.dumps(asdict(recall)))
+        self._measured = (state.name, recall, time.time())
+
+    def _drawn(self, chance: np.random.Generator) -> Embeddings:
+        """Some vectors of the catalogue, each segment about as likely as any other."""
+        keys = self._catalog.matching(EVERYTHING)
+        some = chance.choice(keys, min(8 * QUESTIONS, len(keys)), replace=False)
+        recordings = self._catalog.by_key(some.tolist()).values()
+        numbers = [(one.key << ORDINAL_BITS) + np.arange(one.segments or 0) for one in recordings]
+        drawn = chance.permutation(np.concatenate([np.empty(0, np.int64), *numbers]))[: 2 * QUESTIONS]
+        return read_vectors(partial(self._catalog.vectors, model=self.model), drawn, self.dim)
+
     # --- tidying
 
     def forget_others(self, models: Set[str]) -> None:
@@ -442,7 +593,10 @@ class MilvusIndex:
                 consistency_level="Strong",
                 timeout=ANSWER_WITHIN_S,
             )
-            used = {note["collection"] for note in notes if note["name"] != note["collection"]}
+            # a library that went over to the other kind leaves a pointer, too
+            flat = self._base.removesuffix("_ivf")
+            other = flat if self.kind == "ivf" else f"{flat}_ivf"
+            used = {note["collection"] for note in notes if note["name"] not in (note["collection"], other)}
             noted_at = {note["name"]: int(note["noted_at"]) for note in notes}
             gone: list[str] = []
             for name in self._client.list_collections(timeout=ANSWER_WITHIN_S):
@@ -454,6 +608,8 @@ class MilvusIndex:
                 if not known or (name not in used and idle):
                     self._client.drop_collection(name, timeout=WRITE_WITHIN_S)
                     gone.append(name)
+            gone += [note["name"] for note in notes if note["name"] == other and note["collection"] in gone]
+            gone += [_recall_of(name) for name in gone]
             gone += [name for name in noted_at if not name.startswith(tuple(prefixes))]
             if gone:
                 self._client.delete(POINTS, filter=f"name in {json.dumps(gone)}", timeout=WRITE_WITHIN_S)
@@ -480,21 +636,24 @@ class MilvusIndex:
 
 
 class _Search:
-    """One search for several questions: how candidates are proposed, read and decided."""
+    """One search for several questions: how candidates are proposed, read and decided.
+
+    `where` are expressions, each with how many rows pass it.
+    """
 
     def __init__(
         self,
         index: MilvusIndex,
         state: _State,
-        where: Sequence[str],
-        size: int,
+        where: Mapping[str, int],
         segments: int,
         group_by: Grouping,
     ) -> None:
         self._index = index
         self._state = state
         self._where = where
-        self._size = size
+        self._size = sum(where.values())
+        self._recall = index.recall
         self._segments = segments
         self._group_by = group_by
         self._vectors: dict[int, NDArray[np.float32] | None] = {}
@@ -504,23 +663,20 @@ class _Search:
     ) -> list[_Proposals]:
         found: list[list[tuple[float, int]]] = [[] for _ in queries]
         short = [True] * len(found)
-        for expression in self._where:
+        for expression, passing in self._where.items():
+            lists = self._index.lists
+            probes = lists if without else self._probes(expression, passing, depth)
             if without:
                 others = f"recording not in {json.dumps(sorted(without))}"
                 expression = f"{expression} and {others}" if expression else others
-            answer = self._index._client.search(
-                self._state.name,
-                data=list(queries),
-                filter=expression,
-                limit=depth,
-                output_fields=["recording"],  # milvus-lite gives everything where nothing is asked for
-                search_params={"metric_type": "IP"},
-                timeout=ANSWER_WITHIN_S,
-                **self._state.fresh,
-            )
+            answer = self._ask(queries, expression, depth, probes)
+            if probes < lists:  # too few say nothing yet
+                few = [place for place, hits in enumerate(answer) if len(hits) < depth]
+                for place, hits in zip(few, self._ask(queries[few], expression, depth, lists), strict=True):
+                    answer[place] = hits
             for place, hits in enumerate(answer):
                 short[place] &= len(hits) < depth
-                found[place] += [(hit["distance"], int(hit["id"].partition(":")[0])) for hit in hits]
+                found[place] += hits
         return [
             # fewer than asked for are all there are; not so where one row was found in two places
             _cut(
@@ -532,6 +688,57 @@ class _Search:
             )
             for scored, is_short in zip(found, short, strict=True)
         ]
+
+    def _probes(self, expression: str, passing: int, depth: int) -> int:
+        """In how many lists to look for so many neighbours; as IvfStore does, but for what a filter hides, of
+        which Milvus does not say in which lists it is."""
+        index, recall = self._index, self._recall
+        few = bool(expression) and passing <= index.exhaustive_up_to
+        if recall is None or few or passing <= depth:
+            return index.lists
+        probes: float = recall.probes
+        if passing < NEARLY_ALL * len(index):
+            probes = max(probes, recall.filtered * len(index) / passing)
+        return min(index.lists, math.ceil(max(1.0, depth / DEPTH) * probes))
+
+    def _ask(
+        self, queries: Embeddings, expression: str, depth: int, probes: int
+    ) -> list[list[tuple[float, int]]]:
+        """For each query the best rows of so many lists: scores and segments' numbers."""
+        if not len(queries):
+            return []
+        if probes >= self._index.lists:
+            probes = EVERY_LIST
+        nprobe = {"params": {"nprobe": probes}} if self._index.kind == "ivf" else {}
+        answer = self._index._client.search(
+            self._state.name,
+            data=list(queries),
+            filter=expression,
+            limit=depth,
+            output_fields=["recording"],  # milvus-lite gives everything where nothing is asked for
+            search_params={"metric_type": "IP", **nprobe},
+            timeout=ANSWER_WITHIN_S,
+            **self._state.fresh,
+        )
+        return [[(hit["distance"], int(hit["id"].partition(":")[0])) for hit in hits] for hits in answer]
+
+    def probes_needed(self, queries: Embeddings) -> list[NDArray[np.int64]]:
+        """For each query as `IvfStore.probes_needed`, to the next power of two."""
+        lists, depth = self._index.lists, DEPTH
+        while True:
+            whole = self._ask(queries, "", depth, lists)
+            best = [_firsts(hits) for hits in whole]
+            short = any(len(own) < RECALL_AT for own in best) and max(map(len, whole)) == depth
+            if not short or depth == DEEPEST:
+                break
+            depth = min(DEEPEST, 4 * depth)
+        needed = [np.full(len(own), lists) for own in best]
+        probes = 1
+        while probes < lists and any((ranks == lists).any() for ranks in needed):
+            for own, ranks, hits in zip(best, needed, self._ask(queries, "", depth, probes), strict=True):
+                ranks[(ranks == lists) & np.isin(own, [number for _, number in hits])] = probes
+            probes *= 2
+        return needed
 
     def read(self, numbers: Iterable[int]) -> None:
         """Vectors from the catalogue, where it has them."""
@@ -585,10 +792,23 @@ def _by_score(proposal: tuple[float, int]) -> float:
     return -proposal[0]
 
 
+def _firsts(scored: Iterable[tuple[float, int]]) -> list[int]:
+    """The best segments of the ten best recordings."""
+    firsts: dict[int, int] = {}
+    for _, number in sorted(scored, key=_by_score):
+        firsts.setdefault(place_of(number)[0], number)
+    return list(firsts.values())[:RECALL_AT]
+
+
 def _cut(found: _Proposals, depth: int) -> _Proposals:
     if len(found.scored) < depth or (found.complete and len(found.scored) == depth):
         return found
     return _Proposals(found.scored[:depth], found.complete and len(found.scored) <= depth)
+
+
+def _recall_of(name: str) -> str:
+    """What the row is called that has the recall of a collection, as JSON, in the place of a name."""
+    return f"{name}_recall"
 
 
 def _expressions(among: Among | None) -> list[str]:

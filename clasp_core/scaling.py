@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from clasp_core.errors import IndexUnavailable
-from clasp_core.index import Reader, VectorIndex, read_vectors
+from clasp_core.index import Index, Reader, VectorIndex, read_vectors
 from clasp_core.ivf import SAMPLE_PER_LIST, IvfStore, Wanted, lists_for, train
 from clasp_core.vectors import (
     FaissStore,
@@ -70,7 +70,7 @@ class Scaling:
             return kind != index.kind
         return not index.lists / 2 < _lists(len(index)) < 2 * index.lists
 
-    def wants_measuring(self, index: VectorIndex) -> bool:
+    def wants_measuring(self, index: Index) -> bool:
         """Whether the recall was never measured, or with a quarter more or less vectors."""
         if index.kind != "ivf":
             return False

@@ -73,6 +73,7 @@ ENGINES = {
     "faiss ivf": Engine({"vector_store": "faiss", "vector_index": "ivf"}, exact=False),
     "milvus lite": Engine({"vector_store": "milvus:lite"}),
     "milvus": Engine({"vector_store": "milvus:server"}),
+    "milvus ivf": Engine({"vector_store": "milvus:server", "vector_index": "ivf"}, exact=False),
 }
 """`milvus:lite` and `milvus:server` are servers of our own."""
 
