@@ -37,6 +37,7 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed_when(tmp_path: Path) -> 
     assert summary["points_passed"] == len(SAMPLE)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_acknowledged_is_lost_between_a_catalogue_and_a_store_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

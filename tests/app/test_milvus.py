@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.audio_files import encode, speech
 from tests.milvus import free_port, start_lite
@@ -51,6 +52,7 @@ def test_a_service_without_its_milvus_takes_uploads_and_heals(tmp_path: Path) ->
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_milvus_lite_file_is_enough_for_one_service(tmp_path: Path) -> None:
     """The way there is a file beside the data: what is ready is found, what is deleted is not, also after a
     restart, and whether asked for everything, a collection, or some recordings."""

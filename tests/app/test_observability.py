@@ -484,7 +484,7 @@ def refuses(service: RunningService) -> bool:
     """Whether new connections are refused."""
     try:
         httpx.get(f"http://127.0.0.1:{service.port}/healthz", timeout=5)
-    except httpx.ConnectError:
+    except httpx.TransportError:  # or let in by the system, and dropped
         return True
     return False
 

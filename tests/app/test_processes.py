@@ -14,7 +14,7 @@ import pytest
 
 from tests.audio_files import encode, speech
 from tests.conftest import Sample
-from tests.service import RunningService, clasp, environment, eventually, is_alive
+from tests.service import ROOT, RunningService, clasp, environment, eventually, is_alive
 
 
 def recording(seed: int) -> bytes:
@@ -198,16 +198,23 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_several_processes_share_one_library(tmp_path: Path, bees: bytes) -> None:
     """Two services on one data directory (a rolling update) and a `clasp worker` beside them: each sees at
     once what another did, and all end politely."""
-    with RunningService(tmp_path, workers=0) as first, RunningService(tmp_path, workers=0) as second:
+    program = "tests.stand_in"
+    with (
+        RunningService(tmp_path, program=program, workers=0) as first,
+        RunningService(tmp_path, program=program, workers=0) as second,
+    ):
         first.start(wait=False)
         second.start(wait=False)
         for service in (first, second):
             service.wait_until_ready()
         uploaded = first.upload(bees, id="bees").json()
         assert uploaded["status"] == "pending"
-        command = [sys.executable, "-m", "app.cli", "worker"]
+        command = [sys.executable, "-m", program, "worker"]
         with subprocess.Popen(
-            command, env=environment(**first.settings), cwd=tmp_path, stderr=subprocess.DEVNULL
+            command,
+            env=environment(**first.settings) | {"PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            stderr=subprocess.DEVNULL,
         ) as worker:
             try:
                 assert second.settled("bees")["status"] == "ready"

@@ -351,19 +351,23 @@ def test_a_model_that_is_not_there_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, other: Path) -> None:
+def test_an_interrupted_run_is_gone_on_with_beside_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C is status 1 and one line, and what was done stays done. A worker on a machine of its own, which
     nobody would start anew, has the new model after the switch."""
     from clasp_core.catalog import NewRecording
     from clasp_core.library import open_catalog
     from clasp_core.store import FolderStore
 
+    monkeypatch.setenv("STAND_IN_PAUSE_S", "0.2")
+    program = "tests.stand_in"
     folder = tmp_path / "many"
     folder.mkdir()
     for seed in range(12):
         (folder / f"{seed}.wav").write_bytes(recording(seed))
-    assert clasp("index", folder, cwd=tmp_path).returncode == 0
-    with reindexing(tmp_path, other) as process:
+    assert clasp("index", folder, cwd=tmp_path, program=program).returncode == 0
+    with reindexing(tmp_path, OTHER, program) as process:
         eventually(lambda: len(embedded_by(tmp_path)) == 2, within_s=60)
         process.send_signal(signal.SIGINT)
         printed, complaints = process.communicate(timeout=30)
@@ -373,16 +377,19 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
     done = json.loads(printed)["embedded"]
     assert 0 < done < 12
 
-    command = [sys.executable, "-m", "app.cli", "worker"]
+    command = [sys.executable, "-m", program, "worker"]
     data_dir = tmp_path / "index_data"
     with (
         (tmp_path / "worker.log").open("wb") as log,
         subprocess.Popen(
-            command, env=environment(threads=1, **engines(data_dir)), cwd=tmp_path, stderr=log
+            command,
+            env=environment(threads=1, **engines(data_dir)) | {"PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            stderr=log,
         ) as worker,
     ):
         try:
-            shown = clasp("reindex", "--model", other, cwd=tmp_path)
+            shown = clasp("reindex", "--model", OTHER, cwd=tmp_path, program=program)
             assert shown.returncode == 0, shown.stderr
             assert shown.stdout.startswith(f"{12 - done} embedded, 0 failed\nswitched: ")
             catalog = open_catalog(data_dir, **database_settings(data_dir))
@@ -395,13 +402,13 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(tmp_path: Path, othe
             eventually(lambda: catalog.get("late").status == "ready", within_s=60)
             active = catalog.active()
             assert active is not None
-            assert active.name == str(other)
+            assert active.name == OTHER
             assert catalog.get("late").model == active.fingerprint
             catalog.close()
             worker.terminate()
             assert worker.wait(30) == 0
         finally:
             worker.kill()
-    again = clasp("reindex", "--model", other, cwd=tmp_path)
+    again = clasp("reindex", "--model", OTHER, cwd=tmp_path, program=program)
     assert again.returncode == 0
     assert again.stdout.startswith("nothing to do: ")
