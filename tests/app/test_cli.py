@@ -148,7 +148,7 @@ def test_what_cannot_be_done_is_1_and_one_line(
     tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     """A person reads one sentence and knows what to change; a traceback says that nobody thought of them."""
-    failed(quick(*arguments, cwd=tmp_path), *words)
+    failed(clasp(*arguments, cwd=tmp_path), *words)
 
 
 @pytest.mark.parametrize("settings", [{"model": "huge"}, {"data_dir": "/proc/none"}, {"device": "tpu"}])
