@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+IN_MEMORY = pytest.mark.skipif(
+    os.environ.get("CLASP_TEST_VECTOR_STORE") == "milvus",
+    reason="it is about the index in the service's own memory",
+)
+
 
 @cache
 def lite_server() -> str:

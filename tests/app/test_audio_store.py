@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from tests.app.test_errors import check_problem
 from tests.kill_test import new_recording
 from tests.object_store import SECRET, Way, object_store
-from tests.service import RunningService, clasp, eventually
+from tests.service import RunningService, clasp, eventually, sql
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +89,8 @@ def test_without_the_store_the_rest_goes_on_and_all_heals(service: RunningServic
     assert service.client.get("/audio/refused").status_code == 404
     way.open()
     assert service.settled("waiting")["status"] == "ready"
-    with closing(sqlite3.connect(service.data_dir / "index_data" / "catalog.sqlite3")) as catalog:
-        (attempts,) = catalog.execute("SELECT attempts FROM recordings WHERE id = 'waiting'").fetchone()
+    query = "SELECT attempts FROM recordings WHERE id = 'waiting'"
+    ((attempts,),) = sql(service.data_dir / "index_data", query)
     assert attempts == 1
     assert service.worker_pids() == [worker]
     assert service.upload(new_recording(5).content, id="refused").status_code == 202

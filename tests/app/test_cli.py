@@ -12,6 +12,7 @@ import pytest
 from clasp_core.calibration import calibration_of
 from tests.audio_files import encode, speech, tone
 from tests.conftest import SAMPLES, Sample
+from tests.postgres import IN_A_FILE
 from tests.service import RunningService, clasp
 
 VERBS = [
@@ -132,7 +133,7 @@ def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
         (["embed", "--audio", __file__], ["sound"]),
         (["index", __file__, "--lang", "fa_IR"], ["fa_IR"]),
         (["index", __file__, "--collection", "a b"], ["collection"]),
-        (["backup", "copy"], ["no library", "index_data"]),
+        pytest.param(["backup", "copy"], ["no library", "index_data"], marks=IN_A_FILE),
         (["restore", "nowhere"], ["nowhere", "manifest.json"]),
         (["restore", __file__, "--verify-only"], ["test_cli.py", "manifest.json"]),
         (["evaluate", __file__], ["line 1"]),

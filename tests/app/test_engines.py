@@ -29,7 +29,10 @@ def test_an_engine_agrees_with_arithmetic(name: str, pool: tuple[Pool, Path]) ->
         result = measure(name, ENGINES[name], pool[1], pool[0])
     except EngineAbsent as absent:
         pytest.skip(str(absent))
-    assert result["complaints"] == []
+    if ENGINES[name].exact:
+        assert result["complaints"] == []
+    else:  # so few questions tell a share of 0.95 to within 0.04 (two standard errors, as seen)
+        assert all(one["recall"] >= engines_agree.FLOOR - 0.04 for one in result["agreement"].values())
     assert len(result["agreement"]) == len(engines_agree.kinds())
 
 

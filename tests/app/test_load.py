@@ -128,7 +128,8 @@ def test_metrics_are_there_and_move(service: RunningService, collection: str, be
     assert after["vectors"] - before["vectors"] == recording["segments"]
     assert after["ready"] - before["ready"] == 1
     service.client.delete(f"/audio/{recording['id']}").raise_for_status()
-    assert service.metric("clasp_index_vectors") == before["vectors"]
+    # of an index that is elsewhere, how much it holds is asked now and then
+    eventually(lambda: service.metric("clasp_index_vectors") == before["vectors"], within_s=10)
     assert service.metric("clasp_recordings", status="pending") == 0
     assert service.metric("clasp_queue_age_seconds") == 0
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.audio_files import encode, speech
 from tests.conftest import Sample
+from tests.milvus import IN_MEMORY
 from tests.service import ROOT, RunningService, clasp, environment, eventually, is_alive
 
 
@@ -114,6 +115,7 @@ def test_sigterm_ends_everything_in_time(embedding: RunningService) -> None:
     assert embedding.settled(long)["status"] == "ready"
 
 
+@IN_MEMORY
 def test_everything_is_as_it_was_after_a_restart(alone: RunningService, samples: dict[str, Sample]) -> None:
     """The index in memory is a copy; it must come back the same, from its snapshot or without."""
     for name in ("en-bees", "fr-lift", "es-bread", "en-doctor"):

@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 from tests.core.doubles import wav_bytes
+from tests.milvus import IN_MEMORY
 from tests.service import RunningService, eventually
 
 
@@ -17,6 +18,7 @@ def kind_of(service: RunningService) -> str:
     return kind
 
 
+@IN_MEMORY
 def test_a_library_grows_through_all_kinds_and_never_answers_wrongly(tmp_path: Path) -> None:
     """What was uploaded is its own best hit, what was deleted is none, in every kind of index and between
     them, and after a restart from the snapshot of the last. Nobody who asks can tell when they changed."""
