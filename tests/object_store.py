@@ -16,6 +16,13 @@ from typing import Any
 
 BUCKET = "clasp-tests"
 SECRET = "not-to-be-shown"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+"""By which this process, and those that it starts, may use the server."""
 
 
 class ObjectStore:
@@ -27,12 +34,7 @@ class ObjectStore:
             self.port = probe.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         # found by everything that is started from here; the server takes any
-        os.environ |= {
-            "AWS_ACCESS_KEY_ID": "tests",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        os.environ |= ENVIRONMENT
         self.process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-p", str(self.port)],
             stdout=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, Path]:
     return made, folder
 
 
-SLOW = ("torch", "milvus lite", "milvus")
+SLOW = ("torch", "milvus lite", "milvus", "milvus ivf")
 """What takes seconds to import, or to start a server of; their own tests are elsewhere."""
 
 

@@ -263,6 +263,7 @@ def test_the_list_says_what_is_here(models_dir: Path, tmp_path: Path) -> None:
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_tells_how_the_inputs_were_prepared(models_dir: Path, tmp_path: Path) -> None:
     """The published files alone can settle it: their batch statistics remember what they were trained on."""
     found = models_json("verify", "paper", cwd=tmp_path, models_dir=models_dir)

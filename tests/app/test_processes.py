@@ -30,13 +30,6 @@ def alone(tmp_path: Path) -> Iterator[RunningService]:
         yield running.start()
 
 
-@pytest.fixture
-def embedding(tmp_path: Path) -> Iterator[RunningService]:
-    """The same with a real model, which takes its time."""
-    with RunningService(tmp_path) as running:
-        yield running.start()
-
-
 def all_ready(service: RunningService, contents: dict[str, bytes], within_s: float) -> None:
     """Wait until these and all others are ready.
 
@@ -100,19 +93,23 @@ def test_workers_end_when_the_api_is_killed(alone: RunningService) -> None:
     eventually(lambda: not any(map(is_alive, processes)), within_s=25)
 
 
-def test_sigterm_ends_everything_in_time(embedding: RunningService) -> None:
+def test_sigterm_ends_everything_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Container platforms give 30 seconds and then kill; status 0 says that nothing went wrong. What was
     in the middle of being embedded is simply done after the next start."""
-    long = embedding.upload(encode(speech(90.0), 16_000)).json()["id"]
-    eventually(lambda: embedding.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
-    processes = embedding.processes()
-    began = time.monotonic()
-    assert embedding.stop() == 0
-    assert time.monotonic() - began < 30
-    eventually(lambda: not any(map(is_alive, processes)), within_s=5)
-    assert "Fatal Python error" not in embedding.log()
-    embedding.start()
-    assert embedding.settled(long)["status"] == "ready"
+    monkeypatch.setenv("STAND_IN_PAUSE_S", "0.5")
+    with RunningService(tmp_path, program="tests.stand_in") as service:
+        service.start()
+        long = service.upload(encode(speech(90.0), 16_000)).json()["id"]
+        eventually(lambda: service.client.get(f"/audio/{long}").json()["status"] == "processing", within_s=20)
+        processes = service.processes()
+        began = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - began < 30
+        eventually(lambda: not any(map(is_alive, processes)), within_s=5)
+        assert "Fatal Python error" not in service.log()
+        monkeypatch.delenv("STAND_IN_PAUSE_S")
+        service.start()
+        assert service.settled(long)["status"] == "ready"
 
 
 @IN_MEMORY

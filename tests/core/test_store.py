@@ -17,7 +17,7 @@ from clasp_core.errors import RecordingNotFound
 from clasp_core.s3 import S3Store
 from clasp_core.store import AudioStore, Displaced, FolderStore
 from tests.core.doubles import processes
-from tests.object_store import BUCKET, object_store
+from tests.object_store import BUCKET, ENVIRONMENT, object_store
 
 CONTENT = b"some bytes of a recording" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -140,6 +140,7 @@ def test_only_old_arrivals_are_discarded(store: AudioStore, tmp_path: Path) -> N
 
 
 def place_until_killed(kind: str, root: Path, endpoint: str | None, life: int, begun: Connection) -> None:
+    os.environ |= ENVIRONMENT  # it is forked from a process that may be older than the server
     store = opened(kind, root, endpoint)
     for number in range(10**6):
         put(store, f"{life} {number} ".encode() * 10_000)
