@@ -55,6 +55,7 @@ from clasp_core.index import (
     follow_up,
     place_of,
     questions_near,
+    read_rows,
     read_vectors,
 )
 from clasp_core.ivf import (
@@ -742,16 +743,11 @@ class _Search:
 
     def read(self, numbers: Iterable[int]) -> None:
         """Vectors from the catalogue, where it has them."""
-        unread = {number for number in numbers if number not in self._vectors}
-        # by place first: the catalogue asks for a thousand at a time, for all their recordings and places
-        named = sorted((place_of(number)[::-1], number) for number in unread)
-        found = self._index._catalog.vectors(
-            [place_of(number) for _, number in named], model=self._index.model
-        )
-        for number in unread:
-            vector = found.get(place_of(number))
-            whole = vector is not None and len(vector) == self._index.dim
-            self._vectors[number] = vector if whole else None
+        unread = np.array(sorted(set(numbers) - self._vectors.keys()), np.int64)
+        read = partial(self._index._catalog.vectors, model=self._index.model)
+        rows, there = read_rows(read, unread, self._index.dim)
+        for number, row, is_there in zip(unread.tolist(), rows, there, strict=True):
+            self._vectors[number] = row if is_there else None
 
     def decide(self, query: NDArray[np.float32], limit: int, depth: int, found: _Proposals) -> list[Match]:
         """Look deeper until nothing that was not seen can be among the `limit` best; where Milvus goes no
