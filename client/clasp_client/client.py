@@ -27,7 +27,7 @@ from clasp_client.operations import (
     as_json,
 )
 from clasp_client.retries import Retries
-from clasp_client.transfers import PIECE_BYTES, Recording, Source
+from clasp_client.transfers import Recording, Source
 from clasp_client.version import VERSION
 
 P = ParamSpec("P")
@@ -244,7 +244,8 @@ class Client(_Settings):
                 if ask.sink is None or not response.is_success:
                     return Reply(status, headers, response.read())
                 ask.sink.begin(status, headers)
-                for piece in response.iter_raw(PIECE_BYTES):
+                # piece by piece as they come: what httpx collected would be lost when the connection breaks
+                for piece in response.iter_raw():
                     ask.sink.write(piece)
                     ask.sink.passed()
                 return Reply(status, headers)
@@ -381,7 +382,7 @@ class AsyncClient(_Settings):
                 if ask.sink is None or not response.is_success:
                     return Reply(status, headers, await response.aread())
                 ask.sink.begin(status, headers)
-                async for piece in response.aiter_raw(PIECE_BYTES):
+                async for piece in response.aiter_raw():
                     await asyncio.to_thread(ask.sink.write, piece)
                     ask.sink.passed()
                 return Reply(status, headers)

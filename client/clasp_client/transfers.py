@@ -1,6 +1,7 @@
 """Recordings on their way: read from where they are as often as they must be sent, and written to where they
 go. A piece at a time, whatever their length."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -109,7 +110,8 @@ class Source:
     def close(self) -> None:
         """Sending has ended; what was opened here is closed."""
         if self._pieces is not None:
-            self._pieces.close()
+            with contextlib.suppress(ValueError):  # a thread reads, which nobody waits for any more
+                self._pieces.close()
 
 
 def _part(boundary: str, name: str) -> bytes:
