@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from clasp_client.answers import Collection, Record
 from clasp_client.client import AsyncClient
@@ -24,6 +24,7 @@ INSTRUCTIONS = """Recordings of speech, searched by meaning: ask in any language
 words like those that they may have used. Answers are passages with the recording's id, the seconds at which
 it is said, a cosine and an address that plays it. There may be no transcript: what a passage says is then to
 be listened to, and a low score (or confidence) may mean that nobody said it."""
+_RECORD = TypeAdapter(Record)
 READ_ONLY = ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False)
 
 
@@ -67,10 +68,12 @@ def create_server(clasp: AsyncClient) -> MCPServer[Any]:
         collection: Annotated[
             str | None, Field(description="Needed where several collections have a recording with this id.")
         ] = None,
-    ) -> Record:
+    ) -> dict[str, Any]:
         """What is known of a recording: its status, length in seconds, language and metadata."""
         with _told():
-            return await clasp.get(id, collection=collection)
+            record = await clasp.get(id, collection=collection)
+        known: dict[str, Any] = _RECORD.dump_python(record, mode="json")
+        return known
 
     @server.tool(annotations=READ_ONLY)
     async def list_collections() -> list[Collection]:
