@@ -1,15 +1,19 @@
-"""LangChain, LlamaIndex and an MCP client, each the real one, find what is in the real service."""
+"""LangChain, LlamaIndex and an MCP client, each the real one, find what is in the real service; and the
+examples of the client's documentation, which use them all, run."""
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clasp_client import AsyncClient, Client
 from tests.audio_files import encode, tone
+from tests.conftest import SAMPLES, Sample
 from tests.service import ROOT, RunningService
 
 TITLE = "زنبورها در زمستان"
@@ -108,6 +112,10 @@ def test_mcp(url: str) -> None:
             passages = (found.structured_content or {})["result"]
             check([(passage["text"], passage) for passage in passages], url)
 
+            listed = await assistant.call_tool("list_collections", {})
+            (news,) = (listed.structured_content or {})["result"]
+            assert (news["name"], news["recordings"]) == ("news", 2)
+
             recording = await assistant.call_tool("get_recording", {"id": "bees"})
             assert (recording.structured_content or {})["metadata"]["title"] == TITLE
             missing = await assistant.call_tool("get_recording", {"id": "nobody"})
@@ -115,3 +123,33 @@ def test_mcp(url: str) -> None:
             assert "recording_not_found" in str(missing.content)
 
     asyncio.run(asked())
+
+
+def test_the_examples_of_the_documentation_run(
+    url: str, samples: dict[str, Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As they stand, one after the other, in a folder that holds what they speak of."""
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "bees.opus").write_bytes(samples["en-bees"].content)
+    (tmp_path / "recordings" / "dog.opus").write_bytes(samples["en-lost-dog"].content)
+    (tmp_path / "recordings" / "letter.txt").write_bytes(b"no recording")
+    (tmp_path / "samples").symlink_to(SAMPLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLASP_URL", url)
+    with Client(url) as clasp:
+        clasp.delete("bees")  # the examples have another
+    for page in ("docs/client.md", "client/README.md", "README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        namespace: dict[str, Any] = {}
+        for example in examples:
+            if "clasp_core" not in example:
+                exec(example.replace("http://127.0.0.1:8000", url), namespace)
+        for made in namespace.values():
+            if isinstance(made, Client):
+                made.close()
+    told = capsys.readouterr().out
+    assert "ready 5.4" in told
+    assert re.search("letter failed: .*undecodable_audio", told)
+    assert "recording_not_found" in told
+    assert (tmp_path / "again.opus").read_bytes() == samples["en-bees"].content

@@ -88,6 +88,10 @@ def test_a_recording_from_upload_to_deletion(url: str, call: Call, collection: s
     assert hit.score == pytest.approx(1)
     assert hit.links.content == "/audio/bees/content"
 
+    waveform = call(url, "waveform", "bees", points=10, end_s=1.0, **here)
+    assert (waveform.start_s, len(waveform.peaks)) == (0.0, 10)
+    assert all(0 < peak <= 1 for peak in waveform.peaks)
+
     call(url, "content", "bees", tmp_path / "again.wav", **here)
     assert (tmp_path / "again.wav").read_bytes() == content
     with pytest.raises(PreconditionFailed):
@@ -144,9 +148,17 @@ def test_many_recordings(url: str, call: Call, collection: str, tmp_path: Path) 
     assert call(url, "list", collection=collection, filter=late) == []
 
     questions = ["bees", Question("trains", collection=collection, limit=2), *["x"] * 120]
+    questions += [Question(like="tone-220", like_collection=collection, collection=collection)]
     answers = call(url, "search_many", questions)
     assert [answer.query.text for answer in answers[:3]] == ["bees", "trains", "x"]
-    assert (len(answers), len(answers[1].hits)) == (122, 2)
+    assert (len(answers), len(answers[1].hits)) == (123, 2)
+    assert {hit.id for hit in answers[-1].hits} == {"tone-440", "tone-880"}
+    at = {"at_s": 0.5, "like_collection": collection, "group_by": "segment"}
+    alike = call(url, "like", "tone-220", collection=collection, **at).hits
+    assert [hit.id for hit in alike] == [hit.id for hit in answers[-1].hits]
+    (counted,) = [item for item in call(url, "collections") if item.name == collection]
+    assert (counted.recordings, counted.ready, counted.failed, counted.segments) == (4, 3, 1, 3)
+    assert counted.duration_s == pytest.approx(4.5, abs=0.1)
 
     counted = call(url, "delete_matching", collection=collection, filter=soon, dry_run=True)
     assert (counted.matched, counted.deleted, counted.more) == (2, 0, True)
