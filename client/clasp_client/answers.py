@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from clasp_client.errors import UnexpectedAnswer
-
 T = TypeVar("T")
 
 
@@ -182,11 +180,11 @@ class Readiness:
 
 
 def parse(kind: type[T], value: object) -> T:
-    """JSON as a dataclass of this module. Raises UnexpectedAnswer where it is not one."""
+    """JSON as a dataclass of this module. Raises ValueError where it is not one."""
     try:
         parsed: T = _parse(kind, value)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UnexpectedAnswer(f"This is no {kind.__name__} of clasp-search: {error}") from None
+        raise ValueError(f"This is no {kind.__name__} of clasp-search: {error}") from None
     return parsed
 
 

@@ -24,10 +24,9 @@ ClaspError
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from clasp_client.answers import Record
+from clasp_client.answers import Record
 
 
 class ClaspError(Exception):
@@ -49,7 +48,7 @@ class UnexpectedAnswer(ClaspError):
 class RecordingFailed(ClaspError):
     """The recording cannot be indexed; `record.error` says why."""
 
-    def __init__(self, record: "Record") -> None:
+    def __init__(self, record: Record) -> None:
         error = record.error
         super().__init__(
             f"{record.id}: {error.detail} ({error.code})" if error else f"{record.id} cannot be indexed"
@@ -60,7 +59,7 @@ class RecordingFailed(ClaspError):
 class NotReadyInTime(ClaspError, TimeoutError):
     """The recording is kept, and still waits to be indexed."""
 
-    def __init__(self, record: "Record", seconds: float) -> None:
+    def __init__(self, record: Record, seconds: float) -> None:
         super().__init__(f"{record.id} is still {record.status} after {seconds:g} s")
         self.record = record
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
@@ -48,8 +48,6 @@ GroupBy: TypeAlias = Literal["recording", "segment"]
 MinScore: TypeAlias = float | Literal["auto"]
 MAX_QUESTIONS = 100
 """So many the service takes at once."""
-MAX_ADDRESS_BYTES = 4096
-"""Fields of an upload longer than this go into a form, not into the address: proxies take 8 KiB of it."""
 _TRY_AGAIN = frozenset({429, 502, 503, 504})
 _NEVER_BEGUN = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _OUR_FAULT = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
@@ -181,17 +179,15 @@ class Operations:
         once even if this program dies and tries again within 24 hours. Raises OSError where the file cannot
         be read.
         """
-        fields = _given({"id": id, "lang": lang, "collection": collection})
-        if metadata is not None:
-            fields["metadata"] = _as_json(metadata)
-        as_form = len(urlencode(fields)) > MAX_ADDRESS_BYTES
-        source = Source(recording, progress, fields if as_form else None)
+        fields = {"id": id, "lang": lang, "collection": collection}
+        # proxies bound and log addresses: metadata go into the body, before the recording
+        form = None if metadata is None else {"metadata": _as_json(metadata), **_given(fields)}
         ask = Ask(
             "POST",
             "/audio",
-            params={} if as_form else fields,
+            params=fields if form is None else {},
             headers={"Idempotency-Key": idempotency_key or uuid4().hex},
-            source=source,
+            source=Source(recording, progress, form),
         )
         return (yield from self._registered(ask, wait))
 
@@ -392,10 +388,7 @@ class Operations:
 
     def collections(self) -> Steps[tuple[Collection, ...]]:
         """The collections that the key may see, with what is in them."""
-        listed = _json(reply := (yield from self._sent(Ask("GET", "/collections"))))
-        if not isinstance(listed, dict) or not isinstance(listed.get("items"), list):
-            raise _unexpected(reply)
-        return tuple(parse(Collection, item) for item in listed["items"])
+        return tuple(_all(Collection, "items", (yield from self._sent(Ask("GET", "/collections")))))
 
     # --- search
 
@@ -433,7 +426,7 @@ class Operations:
         return (yield from self._found(question))
 
     def _found(self, question: Question) -> Steps[SearchAnswer]:
-        # in a body, since addresses are what proxies write into their logs
+        # in a body, since proxies bound and log addresses
         return _parsed(SearchAnswer, (yield from self._sent(Ask("POST", "/search", json=question.body()))))
 
     def search_many(self, questions: Sequence[Question | str]) -> Steps[tuple[SearchAnswer, ...]]:
@@ -442,10 +435,7 @@ class Operations:
         answers: list[SearchAnswer] = []
         for start in range(0, len(bodies), MAX_QUESTIONS):
             ask = Ask("POST", "/search", json={"queries": bodies[start : start + MAX_QUESTIONS]})
-            found = _json(reply := (yield from self._sent(ask)))
-            if not isinstance(found, dict) or not isinstance(found.get("results"), list):
-                raise _unexpected(reply)
-            answers += [parse(SearchAnswer, item) for item in found["results"]]
+            answers += _all(SearchAnswer, "results", (yield from self._sent(ask)))
         return tuple(answers)
 
     def search_audio(
@@ -553,7 +543,22 @@ def _json(reply: Reply) -> object:
 
 
 def _parsed(kind: type[T], reply: Reply) -> T:
-    return parse(kind, _json(reply))
+    return _as(kind, _json(reply))
+
+
+def _as(kind: type[T], value: object) -> T:
+    try:
+        return parse(kind, value)
+    except ValueError as error:
+        raise UnexpectedAnswer(str(error)) from None
+
+
+def _all(kind: type[T], member: str, reply: Reply) -> list[T]:
+    """Those in a list that is a member of the answer."""
+    body = _json(reply)
+    if not isinstance(body, dict) or not isinstance(body.get(member), list):
+        raise _unexpected(reply)
+    return [_as(kind, item) for item in body[member]]
 
 
 def _with_etag(reply: Reply) -> Record:

@@ -14,8 +14,8 @@ from clasp_client.errors import ClaspError, UnexpectedAnswer
 Recording: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
 """A path, the bytes, or a file that is open for reading bytes (from where it stands)."""
 Progress: TypeAlias = Callable[[int, int | None], object]
-"""Is told after each piece how many bytes have passed, and of how many (None: not known). An upload that must
-be sent again begins anew at 0."""
+"""Is told after each piece how many bytes of it have passed, and of how many (None: not known). An upload
+that must be sent again begins anew at 0."""
 PIECE_BYTES = 256 << 10
 
 
@@ -105,7 +105,8 @@ class Source:
         """This piece has been sent."""
         self._passed += len(piece)
         if self._progress is not None:
-            self._progress(self._passed, self.length)
+            of_recording = max(0, self._passed - len(self._head))
+            self._progress(of_recording if self._size is None else min(of_recording, self._size), self._size)
 
     def close(self) -> None:
         """Sending has ended; what was opened here is closed."""

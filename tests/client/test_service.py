@@ -105,8 +105,11 @@ def test_metadata_of_any_length_and_ids_of_any_letters(url: str, call: Call, col
     """Addresses have limits and proxies log them; the service's limits are others, and those are what
     count."""
     metadata = {"شرح": "س" * 15_000}
-    record = call(url, "upload", TONES["tone-220"], collection=collection, metadata=metadata)
-    assert record.metadata == metadata
+    passed: list[tuple[int, int | None]] = []
+    options = {"metadata": metadata, "progress": lambda *seen: passed.append(seen)}
+    record = call(url, "upload", TONES["tone-220"], collection=collection, **options)
+    assert (record.metadata, record.collection) == (metadata, collection)
+    assert (passed[0], passed[-1]) == ((0, record.size_bytes), (record.size_bytes, record.size_bytes))
     with pytest.raises(InvalidRequest) as refused:
         call(
             url, "upload", TONES["tone-880"], collection=collection, metadata=metadata | {"more": "x" * 9999}
