@@ -4,8 +4,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+try:
+    from llama_index.core.base.base_retriever import BaseRetriever
+    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+except ImportError as error:
+    raise ImportError("This needs pip install 'clasp-search-client[llama-index]'") from error
+
 
 from clasp_client.answers import SearchAnswer
 from clasp_client.client import AsyncClient, Client

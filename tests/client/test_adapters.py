@@ -4,6 +4,7 @@ examples of the client's documentation, which use them all, run."""
 import asyncio
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_mcp(url: str) -> None:
             assert "recording_not_found" in str(missing.content)
 
     asyncio.run(asked())
+
+
+def test_a_missing_extra_is_named() -> None:
+    """`No module named 'mcp'` is no help to who installed the client without extras."""
+    for framework, module in [
+        ("langchain_core", "langchain"),
+        ("llama_index", "llama_index"),
+        ("mcp", "mcp"),
+    ]:
+        code = f"import sys; sys.modules[{framework!r}] = None; import clasp_client.{module}"
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "client")}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert f"pip install 'clasp-search-client[{module.replace('_', '-')}]'" in done.stderr
 
 
 def test_the_examples_of_the_documentation_run(
