@@ -160,8 +160,12 @@ def test_keys_are_listed_without_their_secrets(keyed: Keyed) -> None:
 def test_the_log_says_which_key_asked(keyed: Keyed) -> None:
     """After a leak somebody has to find out what was done with the key."""
     keyed.ask("reader", "GET", "/audio", headers={"X-Request-ID": "traced-1"})
-    lines = [json.loads(line) for line in keyed.service.log().splitlines()]
-    (line,) = [line for line in lines if line.get("request_id") == "traced-1"]
+
+    def written() -> list[dict[str, Any]]:  # after the answer
+        lines = [json.loads(line) for line in keyed.service.log().splitlines()]
+        return [line for line in lines if line.get("request_id") == "traced-1"]
+
+    (line,) = eventually(written, within_s=10)
     assert line["key"] == "reader"
 
 
