@@ -150,6 +150,17 @@ class Span(NamedTuple):
     transcript: str | None
 
 
+class Holding(NamedTuple):
+    """What a collection holds of one status: recordings, their segments, bytes, and seconds of sound."""
+
+    collection: str
+    status: Status
+    recordings: int
+    segments: int
+    size_bytes: int
+    duration_s: Seconds
+
+
 class Place(NamedTuple):
     """Where a recording stands in a list, newest first. It says no more than the recording itself."""
 
@@ -425,6 +436,35 @@ class Catalog:
         """Whether some recording has these bytes."""
         with self.database.reading() as db:
             return exists(db, RECORDINGS.c.sha256 == sha256)
+
+    def find(self, collection: str, sha256: str) -> Recording | None:
+        """The recording of a collection that has these bytes, if there is one."""
+        same = (RECORDINGS.c.collection == collection) & (RECORDINGS.c.sha256 == sha256)
+        with self.database.reading() as db:
+            return _one(db, same)
+
+    def sizes(self, collection: str) -> set[int]:
+        """How many bytes recordings of a collection have: what has another number is none of them."""
+        query = sa.select(RECORDINGS.c.size_bytes).where(RECORDINGS.c.collection == collection).distinct()
+        with self.database.reading() as db:
+            return set(db.execute(query).scalars())
+
+    def holdings(self) -> list[Holding]:
+        """What each collection holds in each status, by their names."""
+        place, job = [RECORDINGS.c.collection, RECORDINGS.c.status], RECORDINGS.c
+        sums = [sa.func.coalesce(sa.func.sum(c), 0) for c in (job.segments, job.size_bytes, job.duration_s)]
+        query = sa.select(*place, sa.func.count(), *sums).group_by(*place).order_by(*place)
+        with self.database.reading() as db:
+            rows = db.execute(query).all()
+        # PostgreSQL sums integers up to decimals
+        return [Holding(r[0], r[1], r[2], int(r[3]), int(r[4]), float(r[5])) for r in rows]
+
+    def at_work(self) -> int:
+        """How many workers hold a lease; those that wait for work hold none."""
+        leased = (RECORDINGS.c.status == "processing") & (RECORDINGS.c.lease_until > time.time())
+        query = sa.select(sa.func.count(RECORDINGS.c.lease_owner.distinct())).where(leased)
+        with self.database.reading() as db:
+            return int(db.execute(query).scalar_one())
 
     def counts(self) -> dict[str, int]:
         """Recordings by status; statuses without any are absent."""
