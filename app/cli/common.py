@@ -101,10 +101,10 @@ def known_collections(incomplete: str) -> list[str]:
 
     try:
         with read_configured_catalog(Settings()) as catalog:
-            names = {holding.collection for holding in catalog.holdings()}
+            names = [summary.name for summary in catalog.collections()]
     except Exception:  # nobody wants to read of trouble in the middle of a line
         return []
-    return sorted(name for name in names if name.startswith(incomplete))
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def progress_bar(label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - rich's own type is generic

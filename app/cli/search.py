@@ -54,11 +54,12 @@ class _Search(TyperCommand):
         'clasp search "the train is late because of a tree"',
         'clasp search "زنبورها در زمستان" --lang fa --min-score auto --play',
         """clasp search "strike" --filter '{"metadata": {"show": "news"}}' --group-by segment""",
+        "clasp search --like bees --at 12.5",
         after=EXIT_STATUS,
     ),
 )
 def search(
-    text: Annotated[str, typer.Argument(help="The question.")],
+    text: Annotated[str | None, typer.Argument(help="The question; or give --like.")] = None,
     lang: Lang = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many hits.")] = 10,
     collection: Annotated[
@@ -72,6 +73,12 @@ def search(
         typer.Option("--filter", metavar="JSON", help="Only among these recordings; as over HTTP."),
     ] = None,
     group_by: Annotated[str, typer.Option(metavar="recording|segment", help="What a hit is.")] = "recording",
+    like: Annotated[
+        str | None, typer.Option(metavar="ID", help="Find what is like this recording, in TEXT's place.")
+    ] = None,
+    at: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="With --like: like what is said there.")
+    ] = None,
     play: Annotated[
         int | None,
         typer.Option(
@@ -86,6 +93,10 @@ def search(
     from clasp_core.language import canonical_tag
     from clasp_core.library import Question
 
+    if (text is None) == (like is None):
+        raise typer.BadParameter("give either a question or --like ID")
+    if at is not None and like is None:
+        raise typer.BadParameter("--at SECONDS belongs to --like ID")
     lowest = _number(min_score)
     if group_by not in ("recording", "segment"):
         raise typer.BadParameter("--group-by is recording or segment")
@@ -104,20 +115,32 @@ def search(
             if min_score == "auto":
                 raise
             calibration = None
-        vectors = model.text_encoder().encode([normalized(text, lang)])
         question = Question(limit, among, lowest, "segment" if group_by == "segment" else "recording")
+        if like is not None:
+            within = None if collection is None else {collection}
+            recording, vector = library.direction(like, at_s=at, within=within)
+            vectors, question = vector[None], replace(question, besides=recording)
+        else:
+            vectors = model.text_encoder().encode([normalized(text or "", lang)])
         (hits,) = library.search(vectors, [question])
-        if min_score == "auto" and calibration is not None:
-            hits = [hit for hit in hits if hit.score >= calibration.min_score(tag, hit.among)]
-        confidences = [
-            None if calibration is None else calibration.confidence(hit.score, tag, hit.among) for hit in hits
-        ]
+        confidences: list[float | None] = [None] * len(hits)
+        if calibration is not None:
+            by_sound = like is not None
+            if min_score == "auto":
+                hits = [
+                    hit
+                    for hit in hits
+                    if hit.score >= calibration.min_score(tag, hit.among, by_sound=by_sound)
+                ]
+            if not by_sound:
+                confidences = [calibration.confidence(hit.score, tag, hit.among) for hit in hits]
+            confidences = confidences[: len(hits)]
         if as_json:
             _answer(model, hits, confidences)
         elif hits:
             _show(hits, confidences)
         else:
-            narrowed = filter_ is not None or min_score is not None
+            narrowed = any(given is not None for given in (filter_, min_score, like))
             sys.stdout.write("nothing found\n" if narrowed else "nothing is indexed here yet\n")
         if play is not None:
             if play > len(hits):
@@ -238,8 +261,9 @@ def embed(
     as_json: AsJson = True,
 ) -> None:
     from app.opening import open_configured_model
-    from clasp_core.ingest import embed_recording, mean_vector
+    from clasp_core.ingest import embed_recording
     from clasp_core.language import canonical_tag
+    from clasp_core.library import mean_vector
 
     if (text is None) == (audio is None):
         raise typer.BadParameter("give either --text or --audio")

@@ -12,7 +12,7 @@ from app.cli.common import EXIT_STATUS, AsJson, examples, print_json, print_tabl
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    from clasp_core.catalog import Catalog, Holding
+    from clasp_core.catalog import Catalog
 
 cli = verbs()
 
@@ -38,7 +38,7 @@ def status(as_json: AsJson = False) -> None:
 
 
 def _seen(catalog: "Catalog", settings: Settings) -> dict[str, Any]:
-    holdings = catalog.holdings()
+    counts, collections = catalog.counts(), catalog.collections()
     active, oldest = catalog.active(), catalog.oldest_pending()
     now = datetime.now(UTC).replace(tzinfo=None)
     return {
@@ -46,11 +46,10 @@ def _seen(catalog: "Catalog", settings: Settings) -> dict[str, Any]:
         "catalogue": catalog.database.dialect,
         "model": None if active is None else {"name": active.name, "fingerprint": active.fingerprint},
         "configured_model": settings.model,
-        **_sums(holdings),
-        "collections": {
-            name: _sums(held for held in holdings if held.collection == name)
-            for name in dict.fromkeys(held.collection for held in holdings)
-        },
+        "recordings": {status: counts.get(status, 0) for status in _STATUSES},
+        "duration_s": round(sum(held.duration_s for held in collections), 3),
+        "segments": sum(held.segments for held in collections),
+        "collections": [held._asdict() for held in collections],
         "failures": catalog.failures(),
         "queue": {
             "oldest_s": None if oldest is None else max(0.0, (now - oldest).total_seconds()),
@@ -58,21 +57,10 @@ def _seen(catalog: "Catalog", settings: Settings) -> dict[str, Any]:
         },
         "index": _index(settings, catalog.last_change()[0]),
         "bytes": {
-            "recordings": sum(held.size_bytes for held in holdings),
+            "recordings": catalog.size_bytes(),
             "catalogue": _size_of(settings.data_dir.glob("catalog.sqlite3*")),
             "index": _size_of((settings.data_dir / "index").glob("*")),
         },
-    }
-
-
-def _sums(holdings: "Iterable[Holding]") -> dict[str, Any]:
-    held = list(holdings)
-    return {
-        "recordings": {
-            status: sum(one.recordings for one in held if one.status == status) for status in _STATUSES
-        },
-        "duration_s": round(sum(one.duration_s for one in held if one.status == "ready"), 3),
-        "segments": sum(one.segments for one in held if one.status == "ready"),
     }
 
 
@@ -142,10 +130,11 @@ def _show(seen: dict[str, Any]) -> None:
     for name, value in rows.items():
         sys.stdout.write(f"{name:10}  {value}\n")
     if len(seen["collections"]) > 1:
-        table = Table("collection", *_STATUSES, "hours", "segments", box=None, pad_edge=False)
-        for name, held in seen["collections"].items():
-            statuses = [f"{held['recordings'][status]:,}" for status in _STATUSES]
-            table.add_row(name, *statuses, f"{held['duration_s'] / 3600:,.1f}", f"{held['segments']:,}")
+        table = Table(*("collection", "recordings", "ready", "failed", "hours", "segments"), box=None)
+        for held in seen["collections"]:
+            counted = [f"{held[name]:,}" for name in ("recordings", "ready", "failed")]
+            hours = f"{held['duration_s'] / 3600:,.1f}"
+            table.add_row(held["name"], *counted, hours, f"{held['segments']:,}")
         sys.stdout.write("\n")
         print_table(table)
 
