@@ -141,7 +141,7 @@ class FileIndexer:
         ):
             # the first time, when changes are listened for already: so that none falls in between
             appeared: Iterable[Path] = () if looked else files_of(folders)
-            changed = (Path(name) for change, name in changes if change != Change.deleted)
+            changed = [_as_named(name, folders) for change, name in changes if change != Change.deleted]
             for path in (*appeared, *(path for path in changed if _is_meant(path, folders))):
                 if (version := _version(path)) is not None:
                     growing[path] = (version, time.monotonic())
@@ -251,6 +251,15 @@ def files_of(paths: Iterable[Path]) -> Iterator[Path]:
             yield from sorted(file for file in path.rglob("*") if file.is_file() and _is_meant(file, [path]))
         else:
             yield path
+
+
+def _as_named(name: str, folders: Sequence[Path]) -> Path:
+    """A file by the name that its folder was given by; what tells of changes makes absolute paths of them."""
+    for folder in folders:
+        for place in (folder.absolute(), folder.resolve()):
+            if Path(name).is_relative_to(place):
+                return folder / Path(name).relative_to(place)
+    return Path(name)
 
 
 def _is_meant(file: Path, folders: Sequence[Path]) -> bool:
