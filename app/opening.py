@@ -1,12 +1,14 @@
 """From settings to an open model and library: the one place where the service and the verbs agree on how."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from app.settings import Settings
 from clasp_core.catalog import Catalog
-from clasp_core.errors import ExtraMissing
-from clasp_core.library import AUDIO_FOLDER, Library, open_catalog
+from clasp_core.errors import DataMismatch, ExtraMissing
+from clasp_core.library import AUDIO_FOLDER, CATALOG_FILE, Library, open_catalog
 from clasp_core.models import AVAILABLE, Model, open_model, use_threads
 from clasp_core.scaling import Scaling, scaling_for
 from clasp_core.store import INCOMING, AudioStore
@@ -73,6 +75,25 @@ def _index(settings: Settings) -> dict[str, Any]:
 def open_configured_catalog(settings: Settings) -> Catalog:
     """The catalogue alone, for what needs no model. Raises DataMismatch."""
     return open_catalog(settings.data_dir, settings.database_url, open_configured_store(settings))
+
+
+@contextmanager
+def read_configured_catalog(settings: Settings) -> Iterator[Catalog]:
+    """The catalogue as it is, to look at: neither made nor upgraded. Raises DataMismatch where there is none,
+    or one of another version, and as Catalog does."""
+    url = settings.database_url
+    if url is None:
+        file = settings.data_dir / CATALOG_FILE
+        if not file.is_file():
+            raise DataMismatch(f"There is no library in {settings.data_dir} yet; `clasp index` makes one.")
+        url = f"sqlite:///{file}"
+    with closing(Catalog(url, upgrade=False)) as catalog:
+        if not catalog.database.is_current():
+            raise DataMismatch(
+                "The catalogue was written by another version of this program; starting the service, or"
+                " `clasp index`, of the newer one brings it up to date."
+            )
+        yield catalog
 
 
 def open_configured_store(settings: Settings) -> AudioStore | None:

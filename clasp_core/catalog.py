@@ -452,6 +452,30 @@ class Catalog:
         with self.database.reading() as db:
             return exists(db, RECORDINGS.c.sha256 == sha256)
 
+    def find(self, collection: str, sha256: str) -> Recording | None:
+        """The recording of a collection that has these bytes, if there is one."""
+        same = (RECORDINGS.c.collection == collection) & (RECORDINGS.c.sha256 == sha256)
+        with self.database.reading() as db:
+            return _one(db, same)
+
+    def sizes(self, collection: str) -> set[int]:
+        """How many bytes recordings of a collection have: what has another number is none of them."""
+        query = sa.select(RECORDINGS.c.size_bytes).where(RECORDINGS.c.collection == collection).distinct()
+        with self.database.reading() as db:
+            return set(db.execute(query).scalars())
+
+    def size_bytes(self) -> int:
+        """Bytes of all recordings, as they were uploaded."""
+        with self.database.reading() as db:
+            return int(db.execute(sa.select(sa.func.sum(RECORDINGS.c.size_bytes))).scalar_one() or 0)
+
+    def at_work(self) -> int:
+        """How many workers hold a lease; those that wait for work hold none."""
+        leased = (RECORDINGS.c.status == "processing") & (RECORDINGS.c.lease_until > time.time())
+        query = sa.select(sa.func.count(RECORDINGS.c.lease_owner.distinct())).where(leased)
+        with self.database.reading() as db:
+            return int(db.execute(query).scalar_one())
+
     def counts(self) -> dict[str, int]:
         """Recordings by status; statuses without any are absent."""
         query = sa.select(RECORDINGS.c.status, sa.func.count()).group_by(RECORDINGS.c.status)

@@ -329,6 +329,24 @@ class Database:
                     sequence = sa.func.pg_get_serial_sequence(table.name, key)
                     here.execute(sa.select(sa.func.setval(sequence, last)))
 
+    def is_current(self) -> bool:
+        """Whether the schema has all that this version reads, in what was opened without `upgrade`."""
+        with self.reading() as db:
+            there = sa.inspect(db)
+            return all(
+                there.has_table(table.name)
+                and {column["name"] for column in there.get_columns(table.name)} >= set(table.columns.keys())
+                for table in TABLES.sorted_tables
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Of its state: SQLite's `journal` mode; PostgreSQL's `time`, in seconds since 1970."""
+        with self.reading() as db:
+            if self.dialect == "sqlite":
+                return {"journal": db.exec_driver_sql("PRAGMA journal_mode").scalar_one()}
+            now = sa.func.extract("epoch", sa.func.clock_timestamp())
+            return {"time": float(db.execute(sa.select(now)).scalar_one())}
+
     def is_empty(self, db: sa.Connection) -> bool:
         """Whether nothing was ever stored here."""
         return not any(db.execute(sa.select(table).limit(1)).first() for table in TABLES.sorted_tables)

@@ -370,6 +370,9 @@ def _warm_up() -> None:
 
 
 def _main() -> None:
+    # Ctrl-C in a terminal reaches the whole group: the parent decides what ends, or half a recording, decoded
+    # as its decoder was killed, would count as a damaged one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _warm_up()
     confinement.drop_rights()
     with socket.socket(fileno=int(sys.argv[1])) as parent:

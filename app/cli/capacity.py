@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.common import AsJson, print_json
+from app.cli.common import AsJson, print_json, size, verbs
 
-cli = typer.Typer()
+cli = verbs()
 
 _INDEXES = "auto, flat, half, ivf, sq8"
 _POSITIVE: dict[str, Any] = {"min": 1e-9}
@@ -107,25 +107,25 @@ def capacity(
         )
         return
     unit = "GPUs" if speed is not None else "cores"
-    memory = f"{plan.replicas} x {_bytes(plan.replica_memory)}"
+    memory = f"{plan.replicas} x {size(plan.replica_memory)}"
     rows = {
         "segments": f"{segments:,.0f}, {plan.hours:,.0f} h, {plan.recordings:,.0f} recordings",
         "profile": plan.profile,
-        "vectors": ", ".join(f"{kind} {_bytes(plan.vectors(kind))}" for kind in BYTES_OF_A_NUMBER),
+        "vectors": ", ".join(f"{kind} {size(plan.vectors(kind))}" for kind in BYTES_OF_A_NUMBER),
         "index": f"{plan.index}, {'in each API replica' if plan.local else 'in Milvus'}",
-        "catalogue": _bytes(plan.catalogue),
-        "recordings' files": _bytes(plan.audio),
+        "catalogue": size(plan.catalogue),
+        "recordings' files": size(plan.audio),
         "API replicas, memory": memory,
         "a question, of a core": f"{1000 * plan.figures.question_cpu_s:.0f} ms,"
         f" and {1000 * plan.search_cpu(plan.index):,.1f} ms to search",
-        "Milvus query nodes": f"{plan.engine_nodes}, {_bytes(plan.engine_memory)}"
+        "Milvus query nodes": f"{plan.engine_nodes}, {size(plan.engine_memory)}"
         if not plan.local
         else "none",
         "workers, every day": f"{plan.steady_workers} {unit}",
         f"workers for {backlog_days:g} days at first": f"{plan.backlog_workers} {unit}",
         "database at most": f"{plan.transactions_per_s:,.1f} transactions/s,"
-        f" {_bytes(plan.database_bytes_per_s)}/s",
-        "cores, memory, disk": f"{plan.cores:,.0f}, {_bytes(plan.memory)}, {_bytes(plan.disk)}",
+        f" {size(plan.database_bytes_per_s)}/s",
+        "cores, memory, disk": f"{plan.cores:,.0f}, {size(plan.memory)}, {size(plan.disk)}",
         "machines": f"{plan.machines:,}",
         "cost a month, and once": f"{plan.month:,.0f}, {plan.backlog_cost:,.0f}",
     }
@@ -144,12 +144,3 @@ _PLANNED = (
     *("engine_nodes", "engine_memory", "steady_workers", "backlog_workers", "transactions_per_s"),
     *("database_bytes_per_s", "cores", "memory", "disk", "machines", "month", "backlog_cost"),
 )
-
-
-def _bytes(count: float) -> str:
-    """Decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} PB"

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.common import AsJson, Lang, listed, print_json, progress_bar
+from app.cli.common import AsJson, Lang, listed, print_json, progress_bar, verbs
 
-cli = typer.Typer(no_args_is_help=True, help="Make data sets: import, synthesise, describe.")
+cli = verbs(help="Make data sets: import, synthesise, describe.")
 
 _EXAMPLES = 3  # of what was left out, for each reason
 _LISTED = 40  # values of a field

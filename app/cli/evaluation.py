@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.common import AsJson, fail, listed, print_json, progress_bar
+from app.cli.common import AsJson, fail, listed, print_json, progress_bar, verbs
 from app.settings import Settings
 
-cli = typer.Typer()
+cli = verbs()
 
 By = Annotated[str, typer.Option(help="Also inside each group of these fields, e.g. lang,source,length.")]
 Split = Annotated[str | None, typer.Option(help="Only items of this split.")]

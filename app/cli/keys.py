@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.common import AsJson, listed, print_json
+from app.cli.common import AsJson, listed, print_json, verbs
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BytesOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="How many bytes they may have, such as 20GB.")
 ]
 HoursOption = Annotated[str | None, typer.Option(metavar="H", help="How many hours they may last.")]
-cli = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="API keys of the service.")
+cli = verbs(help="API keys of the service.")
 
 
 @cli.command(help="Make a key and show it, this once.")

@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.common import AsJson, fail, print_json, transfers
+from app.cli.common import AsJson, fail, print_json, transfers, verbs
 from app.settings import Settings
 from clasp_core.systems import SYSTEMS
 
-cli = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models and their weights.")
+cli = verbs(help="Models and their weights.")
 
 _FETCHABLE = (
     "hubert-large, wav2vec2-base, labse, xlm-r, efficientnet-b7, clasp-concat, clasp-gating, lasp-concat,"

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli import common
-from app.cli.common import AsJson, listed, print_json
+from app.cli.common import AsJson, listed, print_json, verbs
 from app.settings import Settings
 
-cli = typer.Typer()
+cli = verbs()
 
 
 @cli.command(help="Train a model as a TOML file says; a run that was killed goes on where it was.")

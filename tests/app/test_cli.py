@@ -1,19 +1,27 @@
 """The command line: verbs, exit statuses, one clear line where something fails, JSON that parses."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile as sf
 
+from app.cli import VERBS as GROUPS
 from clasp_core.calibration import calibration_of
 from tests.audio_files import encode, speech, tone
 from tests.conftest import SAMPLES, Sample
 from tests.postgres import IN_A_FILE
-from tests.service import RunningService, clasp
+from tests.service import ROOT, RunningService, clasp, engines, environment, eventually
 
 VERBS = [
     "serve",
@@ -32,6 +40,10 @@ VERBS = [
     "keys create",
     "keys list",
     "keys revoke",
+    "status",
+    "doctor",
+    "capacity",
+    "stages",
     "backup",
     "restore",
     "models",
@@ -103,6 +115,12 @@ def test_every_verb_explains_itself(tmp_path: Path, verb: str) -> None:
         ["search", "a", "--limit", "0"],
         ["search", "a", "--min-score", "much"],
         ["search", "a", "--colour"],
+        ["search", "a", "--like", "b"],
+        ["search", "a", "--at", "3"],
+        ["search", "a", "--group-by", "speaker"],
+        ["search", "a", "--filter", '{"lag": "fa"}'],
+        ["search", "a", "--filter", "{"],
+        ["index", __file__, "--watch"],
         ["embed"],
         ["embed", "--text", "a", "--audio", __file__],
         ["evaluate", "/nowhere.jsonl"],
@@ -136,6 +154,7 @@ def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
         pytest.param(["backup", "copy"], ["no library", "index_data"], marks=IN_A_FILE),
         (["restore", "nowhere"], ["nowhere", "manifest.json"]),
         (["restore", __file__, "--verify-only"], ["test_cli.py", "manifest.json"]),
+        pytest.param(["status"], ["no library", "index_data"], marks=IN_A_FILE),
         (["evaluate", __file__], ["line 1"]),
         (["keys", "revoke", "nobody"], ["nobody"]),
         (["keys", "create", "a b", "--scope", "read"], ["name"]),
@@ -150,6 +169,39 @@ def test_what_cannot_be_done_is_1_and_one_line(
 ) -> None:
     """A person reads one sentence and knows what to change; a traceback says that nobody thought of them."""
     failed(clasp(*arguments, cwd=tmp_path), *words)
+
+
+def completed(words: str, cwd: Path, *python: str) -> Any:
+    """What the shell is told, where the last of the words is to be completed."""
+    asked = {"_CLASP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    return subprocess.run(
+        [sys.executable, *python, "-m", "app.cli"],
+        env=environment(data_dir=cwd / "index_data") | asked | {"PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_help_and_completion_are_quick(indexed: Path) -> None:
+    """Whoever presses Tab waits for it: neither models nor the database may be loaded for names of verbs."""
+    done = completed("clasp s", indexed, "-X", "importtime")
+    assert done.stdout.split() == ["search", "status", "serve", "stages"]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in loaded
+    assert not loaded & {"torch", "numpy", "sqlalchemy", "faiss"}
+    done = completed("clasp search bees --collection m", indexed, "-X", "importtime")
+    assert done.stdout.split() == ["mine"]
+    assert not {"torch", "transformers"} & {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines()
+    }
+    assert completed("clasp reindex --model hy", indexed).stdout.split() == ["hybrid"]
+    shown = clasp("--help", cwd=indexed)
+    for heading, verbs in GROUPS.items():
+        assert f"\n{heading}:\n" in shown.stdout
+        assert all(f"\n  {verb} " in shown.stdout for verb in verbs)
+    assert re.fullmatch(r"clasp-search \d+\.\d+\.\d+\S*\n", clasp("--version", cwd=indexed).stdout)
 
 
 @pytest.mark.parametrize("settings", [{"model": "huge"}, {"data_dir": "/proc/none"}, {"device": "tpu"}])
@@ -259,6 +311,177 @@ def test_the_command_line_and_a_running_service_share_a_library(tmp_path: Path, 
         assert [hit["id"] for hit in by_http] == [hit["id"] for hit in by_verb]
         assert by_http[0]["score"] == pytest.approx(by_verb[0]["score"], abs=1e-4)
         assert service.stop() == 0
+
+
+def test_a_search_can_be_narrowed_and_begin_with_a_recording(
+    indexed: Path, samples: dict[str, Sample]
+) -> None:
+    """What the HTTP interface can, without a service: filters, segments as hits, and more like this one."""
+    everything = as_json(quick("search", "bees", "--json", cwd=indexed))["hits"]
+    bees = next(hit["id"] for hit in everything if hit["metadata"]["path"].endswith("bees.opus"))
+    only = json.dumps({"metadata": {"path": {"in": ["recordings/more/bees.opus"]}}})
+    hits = as_json(quick("search", "bread", "--filter", only, "--json", cwd=indexed))["hits"]
+    assert [hit["id"] for hit in hits] == [bees]
+    segments = as_json(quick("search", "bees", "--group-by", "segment", "--json", cwd=indexed))["hits"]
+    assert all(len(hit["segments"]) == 1 for hit in segments)
+    alike = as_json(quick("search", "--like", bees, "--at", 1, "--json", cwd=indexed))["hits"]
+    assert len(alike) == len(everything) - 1
+    assert bees not in [hit["id"] for hit in alike]
+    assert quick("search", "x", "--filter", '{"lang": "ja"}', cwd=indexed).stdout == "nothing found\n"
+    failed(quick("search", "--like", "nobody", cwd=indexed), "nobody")
+
+
+def test_a_hit_is_played(indexed: Path, tmp_path: Path) -> None:
+    """By any program that plays WAV: cut out of the recording, with a second around it."""
+    player = tmp_path / "aplay"
+    player.write_text('#!/bin/sh\ncp "$2" "$PLAYED"\n')
+    player.chmod(0o755)
+    arguments = [sys.executable, "-m", STAND_IN, "search", "bees", "--collection", "mine", "--json", "--play"]
+    settings = environment(data_dir=indexed / "index_data", threads=1, **engines(indexed / "index_data"))
+    only = settings | {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path), "PLAYED": str(tmp_path / "played.wav")}
+    if (cp := shutil.which("cp")) is not None:
+        (tmp_path / "cp").symlink_to(cp)
+    done = subprocess.run([*arguments, "2"], env=only, cwd=indexed, capture_output=True, text=True)
+    best = as_json(done)["hits"][1]["segments"][0]
+    played = sf.info(tmp_path / "played.wav")
+    assert played.frames / played.samplerate == pytest.approx(
+        best["end_s"] + 1 - max(0, best["start_s"] - 1), abs=1.01
+    )
+    player.unlink()
+    failed(
+        subprocess.run(arguments, env=only, cwd=indexed, capture_output=True, text=True), "ffplay", "aplay"
+    )
+
+
+def test_a_table_keeps_every_word(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """On a narrow terminal, too, and where the name is written from right to left."""
+    name = "گفتگو با زنبوردار دربارهٔ زمستان و کندوها"
+    (tmp_path / f"{name}.opus").write_bytes(samples["en-bees"].content)
+    assert quick("index", ".", cwd=tmp_path).returncode == 0
+    shown = subprocess.run(
+        [sys.executable, "-m", STAND_IN, "search", "bees"],
+        env=environment(threads=1, **engines(tmp_path / "index_data"))
+        | {"PYTHONPATH": str(ROOT), "COLUMNS": "60"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert all(word in shown for word in name.split())
+    assert max(map(len, shown.splitlines())) <= 60
+
+
+# --- what goes on for a while
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    """Hours of indexing are interrupted by closing a laptop. Nothing may be lost by it, none may fail for it,
+    and the sentence at the end says how to go on."""
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02}.wav").write_bytes(encode(speech(2.0, seed=number), 16_000))
+    process = subprocess.Popen(
+        [sys.executable, "-m", STAND_IN, "index", str(folder)],
+        env=environment(threads=1, **engines(tmp_path / "index_data"))
+        | {"PYTHONPATH": str(ROOT), "STAND_IN_PAUSE_S": "0.3"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process, contextlib.ExitStack() as cleanup:
+        cleanup.callback(process.kill)
+
+        def begun() -> bool:
+            said = quick("status", "--json", cwd=tmp_path)
+            return said.returncode == 0 and bool(json.loads(said.stdout)["recordings"]["processing"])
+
+        eventually(begun, within_s=60)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to decoders, too
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        assert process.wait(60) == 1
+    assert re.fullmatch(r"clasp: stopped; \d+ files are left\. .*run the same command again to go on", last)
+    seen = as_json(quick("status", "--json", cwd=tmp_path))["recordings"]
+    assert (seen["failed"], seen["processing"]) == (0, 0)
+    again = as_json(quick("index", str(folder), "--json", cwd=tmp_path))
+    assert (again["indexed"] + again["known"], again["failed"]) == (12, [])
+
+
+def test_a_watched_folder_is_followed(tmp_path: Path, bees: bytes) -> None:
+    """Recorders write into folders. What was there, what comes and what is still growing must each be indexed
+    once, whole; and emptying the folder must not empty the library."""
+    folder = tmp_path / "incoming"
+    (folder / "monday").mkdir(parents=True)
+    (folder / "before.opus").write_bytes(bees)
+    whole = encode(speech(4.0), 16_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", STAND_IN, "index", "incoming", "--watch", "--json"],
+        env=environment(threads=1, **engines(tmp_path / "index_data")) | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process, contextlib.ExitStack() as cleanup:
+        cleanup.callback(process.kill)
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        assert first == {"path": "incoming/before.opus", "status": "indexed"}
+        (folder / "before.opus").unlink()
+        with (folder / "monday" / "growing.wav").open("wb") as file:
+            for start in range(0, len(whole), len(whole) // 4 + 1):
+                file.write(whole[start : start + len(whole) // 4 + 1])
+                file.flush()
+                time.sleep(1.2)
+        second = json.loads(process.stdout.readline())
+        assert second == {"path": "incoming/monday/growing.wav", "status": "indexed"}
+        process.send_signal(signal.SIGINT)
+        assert json.loads(process.stdout.readline()) == {"indexed": 2, "known": 0, "failed": []}
+        assert process.wait(60) == 0
+    seen = as_json(quick("status", "--json", cwd=tmp_path))
+    assert seen["recordings"] == {"ready": 2, "pending": 0, "processing": 0, "failed": 0}
+    assert seen["duration_s"] > 4
+
+
+# --- status and doctor
+
+
+def test_status_counts_and_changes_nothing(indexed: Path) -> None:
+    """It is what people run beside a service that is in trouble."""
+    before = {path: path.stat().st_mtime_ns for path in (indexed / "index_data").rglob("*") if path.is_file()}
+    seen = as_json(quick("status", "--json", cwd=indexed, port=1))
+    after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    databases = {path for path in before if path.name.startswith("catalog.sqlite3-")}
+    assert {path for path in before if before[path] != after.get(path)} <= databases
+    mine = next(held for held in seen["collections"] if held["name"] == "mine")
+    assert (mine["recordings"], mine["ready"], mine["failed"]) == (4, 3, 1)
+    assert seen["failures"] == {"undecodable_audio": 1}
+    assert seen["model"]["name"] == "stand-in"
+    assert seen["service"]["state"] == "nothing"
+    shown = quick("status", cwd=indexed, port=1).stdout
+    assert "undecodable_audio 1" in shown
+    assert "nothing answers" in shown
+
+
+def test_the_doctor_names_the_trouble_and_the_way_out(tmp_path: Path) -> None:
+    """Most reports of trouble are a setting misspelt or a package missing; the rest begin with its output,
+    which people paste in public: no secret may be in it."""
+    (tmp_path / ".env").write_text("CLASP_MODLE=mini\nCLASP_API_KEYS=sesame-open\n")
+    settings = {"vector_store_token": "root:sesame", "flat_up_to": 9, "half_up_to": 5, "secret_x": "sesame"}
+    done = clasp("doctor", "--json", cwd=tmp_path, **settings)
+    report = json.loads(done.stdout)
+    said = {(found["level"], found["found"].split()[0]): found["remedy"] for found in report["findings"]}
+    assert said[("warning", "CLASP_MODLE")] == "did you mean CLASP_MODEL?"
+    assert ("warning", "CLASP_SECRET_X") in said
+    assert ("warning", "CLASP_FLAT_UP_TO") in said
+    assert ("warning", "CLASP_VECTOR_STORE_TOKEN") in said
+    assert "sesame" not in done.stdout + done.stderr
+    assert (done.returncode, report["problems"]) == (0, 0), done.stdout
+    (tmp_path / "file").write_text("")
+    done = clasp("doctor", cwd=tmp_path, model="huge", data_dir=tmp_path / "file", device="cpu")
+    assert done.returncode == 1
+    problems = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("problem")]
+    assert {"models", "data"} <= set(problems)
 
 
 # --- evaluate
