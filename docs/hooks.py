@@ -1,8 +1,8 @@
 """What mkdocs.yml cannot say: pages that are made from the program, and one rule for links.
 
-Links are written as GitHub wants them: relative to the file they stand in, to a file that is there. In the site,
-those to Markdown that is a page lead to the page, and any other file of the repository travels with the site, so
-that nobody is sent to a host. A link to a folder, or to nothing, fails the build.
+Links are written as GitHub wants them: relative to the file they stand in, to a file that is there. In the
+site, those to Markdown that is a page lead to the page, and any other file of the repository travels with the
+site, so that nobody is sent to a host. A link to a folder, or to nothing, fails the build.
 """
 
 import json
@@ -79,12 +79,11 @@ def _resolved(page: str, target: str) -> tuple[str, str]:
     """The file that a link of a page means, from the repository's root, and where the site has it."""
     source = ELSEWHERE.get(page, f"docs/{page}")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    return path, PAGE_OF.get(path) or (
-        path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
-    )
+    inside = path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
+    return path, PAGE_OF.get(path, inside)
 
 
-def _diagram(source: str, language: str, css_class: str, options: Any, md: Any, **more: Any) -> str:
+def _diagram(source: str, language: str, css_class: str, options: object, md: object, **more: object) -> str:
     return f'<div class="{css_class}">{mermaidx.render(source).svg()}</div>'
 
 

@@ -1,17 +1,17 @@
-"""The examples of the documentation: found in its pages, run as they stand there, or judged without being run.
+"""The examples of the documentation: found in its pages, run as they stand there, or judged without that.
 
 Every fenced block is one. By its language:
 
-    console   each `$ ` command, in bash. `clasp` is the real command line on the stand-in encoder; 127.0.0.1:8000
-              is a service on it; `clasp serve` or `make serve` starts that one; `make X` is only looked up
+    console   each `$ ` command, in bash. `clasp` is the real command line on the stand-in encoder, and
+              127.0.0.1:8000 a service on it, which `clasp serve` and `make serve` start
     python    the page's blocks one after the other, in one namespace
     text      what the example before it prints; `...` stands for anything
     json      after another example, an answer with the members of what that printed last
     yaml      (and toml, and json with nothing before it) is well formed
     mermaid   a diagram; to build the site is to draw it
 
-The blocks of a page run in its order, in a folder that is also the home and has `samples/` with a few recordings.
-A comment directly before a block, which no reader sees, says what else there is to say:
+The blocks of a page run in its order, in a folder that is also the home, with a few of the samples, which are
+`recordings/` as well. A comment directly before a block, which no reader sees, says what else is to be said:
 
     <!-- not run: REASON -->     its commands, options, extras and modules must exist all the same
     <!-- slow: REASON -->        run with the tests marked `slow`
@@ -51,12 +51,14 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "samples/*.md", "clasp_core/weights/*/*.md")
     for page in ROOT.glob(pattern)
 )
+WELL_FORMED = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads, "mermaid": str}
 NOTE = re.compile(r"<!-- (not run|slow|file|given): (.+) -->")
 ADDRESS = "http://127.0.0.1:8000"
 FEW = ("en-train-delay", "en-bees", "es-bread", "fr-lift", "zh-luggage")
 """Recordings of the samples that a page's folder has."""
 CLASP = re.compile(
-    r"(?:^|[;|(]|\bdo\b|(?:compose (?:exec|run)|kubectl exec)\b[^\n|;>]*?\s)\s*(?:[A-Z_]+=(?:'[^']*'|\S*)\s+)*"
+    r"(?:^|[;|(]|\bdo\b|(?:compose (?:exec|run)|kubectl exec)\b[^\n|;>]*?\s)"
+    r"\s*(?:[A-Z_]+=(?:'[^']*'|\S*)\s+)*"
     r"(?:\.venv/bin/)?clasp ([a-z](?:\\\n|[^|;>#\n])*)",
     re.MULTILINE,
 )
@@ -102,7 +104,7 @@ def examples(page: Path) -> list[Example]:
 
 
 def judge(command: str) -> None:
-    """What can be known of a command without running it: verbs and options, extras, targets, files, settings."""
+    """What can be known of a command without running it: verbs, options, extras, targets, modules, files."""
     for arguments in CLASP.findall(command):
         _parse(shlex.split(arguments.replace("\\\n", " "), comments=True))
     for extras in re.findall(r"pip install .*clasp-search\[([\w,-]+)\]", command):
@@ -177,6 +179,7 @@ class Reader:
         text = self._here(example.text)
         if example.note == "file":
             (self.folder / example.reason).write_text(example.text, encoding="utf-8")
+            self.printed = ""
         elif example.note == "given":
             self._run(self._here(example.reason))
         if example.language == "console":
@@ -191,9 +194,7 @@ class Reader:
             alike(json.loads(text), json.loads(self._last), str(example))
             self.printed = ""
         else:
-            {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads, "mermaid": str}[
-                example.language
-            ](text)
+            WELL_FORMED[example.language](text)
 
     def _furnish(self) -> None:
         """The folder as the pages take it for granted."""

@@ -1,5 +1,5 @@
-"""What the documentation shows is so: every example runs as it stands there (tests/examples.py), and the site that
-is made of the pages is whole and asks nobody else for anything."""
+"""What the documentation shows is so: every example runs as it stands there (tests/examples.py), and the site
+that is made of the pages is whole and asks nobody else for anything."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def follow(page: Path, folder: Path, *, slow: bool) -> None:
 
 @pytest.mark.parametrize("example", [one for one in ALL if not runs(one, slow=True)], ids=str)
 def test_an_example_that_is_not_run_is_right_as_far_as_can_be_known(example: Example) -> None:
-    """Docker, GPUs and gigabytes are not here; but a verb, an option or a file that is gone is seen all the same."""
+    """Docker, GPUs and gigabytes are not here; a verb, option or file that is gone is seen all the same."""
     for command in example.commands:
         judge(command)
 
@@ -84,8 +84,8 @@ def test_nothing_escapes() -> None:
 
 
 def test_the_readme_shows_the_answer_that_the_tutorial_gets() -> None:
-    """Clients are written by it; `confidence` is in it where a model's scores were measured, as the stand-in's
-    were not."""
+    """Clients are written by it. `confidence` is there where a model's scores were measured, unlike the
+    stand-in's."""
     shown, given = (
         next(json.loads(one.text) for one in examples(ROOT / page) if one.text.startswith('{"query"'))
         for page in ("README.md", "docs/tutorial.md")
@@ -99,8 +99,8 @@ def test_the_pages_name_no_setting_that_is_gone() -> None:
 
 
 def test_the_site_is_whole_and_asks_nobody_else(tmp_path: Path) -> None:
-    """A strict build fails on a dead link or anchor, and on a page that the navigation lacks. Whoever reads the
-    site offline, or wants to be seen by nobody, gets all of it from where it is."""
+    """A strict build fails on a dead link or anchor, and on a page that the navigation lacks. Whoever reads
+    the site offline, or wants to be seen by nobody, gets all of it from where it is."""
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,

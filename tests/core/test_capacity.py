@@ -1,4 +1,4 @@
-"""The capacity model: its arithmetic by hand, its figures' origin, and the tables of docs/capacity.md."""
+"""The capacity model: its arithmetic by hand, and its figures' origin; test_docs compares the tables."""
 
 import json
 import math
