@@ -75,6 +75,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return LINK.sub(in_the_site, markdown)
 
 
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """The theme's search dialog has no name that a screen reader could say."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
+
+
 def _resolved(page: str, target: str) -> tuple[str, str]:
     """The file that a link of a page means, from the repository's root, and where the site has it."""
     source = ELSEWHERE.get(page, f"docs/{page}")
@@ -93,7 +98,7 @@ def _diagram(source: str, language: str, css_class: str, options: object, md: ob
 def settings() -> str:
     """Every setting, from `app/settings.py`."""
     lines = [
-        "# Settings",
+        "---\nhide: [toc]\n---\n# Settings",
         "",
         "Environment variables, or lines of a `.env` file; `clasp serve --help` shows the same.",
         "",
@@ -133,13 +138,15 @@ def _http_lines(api: dict[str, Any]) -> Iterator[str]:
     for path, calls in api["paths"].items():
         for method, call in calls.items():
             yield f"## {method.upper()} {path}\n"
-            yield f"{call.get('summary', '')}.\n\n{call.get('description', '')}\n"
+            scopes = {scope for way in call.get("security", ()) for names in way.values() for scope in names}
+            needs = f" Scope: `{', '.join(sorted(scopes))}`." if scopes else ""
+            yield f"{call.get('summary', '')}.{needs}\n\n{call.get('description', '')}\n"
             if parameters := call.get("parameters"):
                 yield "| parameter | in | values | |\n| --- | --- | --- | --- |"
                 for given in parameters:
                     needed = ", required" if given.get("required") else ""
                     about = _cell(given.get("description", ""))
-                    kind = _kind(given["schema"] if "schema" in given else _content(given)[0][1])
+                    kind = _allowed(given["schema"] if "schema" in given else _content(given)[0][1])
                     yield f"| `{given['name']}` | {given['in']}{needed} | {kind} | {about} |"
                 yield ""
             for media_type, schema in _content(call.get("requestBody", {})):
@@ -165,8 +172,15 @@ def _members(schema: dict[str, Any]) -> Iterator[str]:
         yield "| member | values | |\n| --- | --- | --- |"
         for name, member in members.items():
             needed = "required. " if name in schema.get("required", ()) else ""
-            yield f"| `{name}` | {_kind(member)} | {needed}{_cell(member.get('description', ''))} |"
+            yield f"| `{name}` | {_allowed(member)} | {needed}{_cell(member.get('description', ''))} |"
         yield ""
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    default = schema.get("default")
+    return _kind(schema) + (
+        f"; `{json.dumps(default)}` by default" if default not in (None, "", [], {}) else ""
+    )
 
 
 def _kind(schema: dict[str, Any]) -> str:
