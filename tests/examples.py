@@ -15,7 +15,7 @@ The blocks of a page run in its order, in a folder that is also the home, with a
 
     <!-- not run: REASON -->     its commands, options, extras and modules must exist all the same
     <!-- slow: REASON -->        run with the tests marked `slow`
-    <!-- file: NAME -->          kept as a file of the folder, for the blocks after it
+    <!-- file: NAME -->          a file of the folder, for the blocks after it
     <!-- given: COMMAND -->      what the page takes for granted
 """
 
@@ -179,8 +179,8 @@ class Reader:
         text = self._here(example.text)
         if example.note == "file":
             (self.folder / example.reason).write_text(example.text, encoding="utf-8")
-            self.printed = ""
-        elif example.note == "given":
+            return
+        if example.note == "given":
             self._run(self._here(example.reason))
         if example.language == "console":
             printed = [self._run(self._here(command)) for command in example.commands]

@@ -57,7 +57,7 @@ def test_the_examples_that_take_long_run(page: Path, tmp_path: Path) -> None:
 def follow(page: Path, folder: Path, *, slow: bool) -> None:
     if shutil.which("curl") is None and any("$ curl" in example.text for example in examples(page)):
         pytest.skip("curl is not installed")
-    program = "app.cli" if name(page) in UNDERSTANDING else "tests.stand_in"
+    program = "app.cli" if slow or name(page) in UNDERSTANDING else "tests.stand_in"
     with Reader(folder, program=program) as reader:
         for example in examples(page):
             if runs(example, slow=slow):
