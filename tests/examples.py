@@ -48,13 +48,13 @@ from tests.service import ROOT, RunningService, environment
 
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "samples/*.md", "clasp_core/weights/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "clasp_core/weights/*/*.md", f"{SAMPLES.relative_to(ROOT)}/*.md")
     for page in ROOT.glob(pattern)
 )
 WELL_FORMED = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads, "mermaid": str}
 NOTE = re.compile(r"<!-- (not run|slow|file|given): (.+) -->")
 ADDRESS = "http://127.0.0.1:8000"
-FEW = ("en-train-delay", "en-bees", "es-bread", "fr-lift", "zh-luggage")
+FEW = ("en-train-delay", "en-bees", "fr-lift")
 """Recordings of the samples that a page's folder has."""
 CLASP = re.compile(
     r"(?:^|[;|(]|\bdo\b|(?:compose (?:exec|run)|kubectl exec)\b[^\n|;>]*?\s)"
@@ -119,7 +119,7 @@ def judge(command: str) -> None:
         source = Path(spec.origin).read_text()
         for option in re.findall(r"--[a-z-]+", options):
             assert f'"{option}"' in source, f"{module} has no {option}"
-    if script := re.match(r"(?:python )?((?:deploy|samples)/\S+)", command):
+    if script := re.match(r"(?:python )?((?:deploy|samples|app/samples)/\S+)", command):
         assert (ROOT / script[1]).is_file(), script[1]
 
 

@@ -41,17 +41,17 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("page", list(pages_that_run()), ids=name)
-def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", list(pages_that_run()), ids=name)
+def test_the_examples_of_a_page_run(source: Path, tmp_path: Path) -> None:
     """What anybody pastes into a terminal must do what the page says that it does."""
-    follow(page, tmp_path, slow=False)
+    follow(source, tmp_path, slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", list(pages_that_run(slow=True)), ids=name)
-def test_the_examples_that_take_long_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", list(pages_that_run(slow=True)), ids=name)
+def test_the_examples_that_take_long_run(source: Path, tmp_path: Path) -> None:
     """The same, with the blocks of the page that take minutes."""
-    follow(page, tmp_path, slow=True)
+    follow(source, tmp_path, slow=True)
 
 
 def follow(page: Path, folder: Path, *, slow: bool) -> None:
@@ -112,6 +112,8 @@ def test_the_site_is_whole_and_asks_nobody_else(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         for asked in Asked.by(page):
             assert not re.match(r"(https?:)?//", asked), f"{page.name} asks for {asked}"
+    for path, anchor in re.findall(r"\]\(docs/([a-z-]+)\.md#([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert f'id="{anchor}"' in (tmp_path / f"{path}.html").read_text(), f"README.md: {path}.md#{anchor}"
     for sheet in tmp_path.rglob("*.css"):
         assert re.findall(r"url\(['\"]?(?:https?:)?//|@import", sheet.read_text(encoding="utf-8")) == []
 
