@@ -117,7 +117,7 @@ def command_line() -> str:
     """Every verb of `clasp`, from its own help."""
     command = typer.main.get_command(cli)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="clasp", title="Command line")
-    return re.sub(r"(`[^`\n]*`|^\$ .*$)|([\[<*_](?=\w))", _escaped, text, flags=re.MULTILINE)
+    return re.sub(r"(`[^`\n]*`|^\$ .*$)|([\[<](?=\w))", _escaped, text, flags=re.MULTILINE)
 
 
 def _escaped(found: re.Match[str]) -> str:
