@@ -27,8 +27,8 @@ $(VENV)/base: pyproject.toml constraints.txt
 	$(PIP) --editable '.[embedded]'
 	touch $@
 
-$(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[embedded,dev]'
+$(VENV)/dev: $(VENV)/base client/pyproject.toml
+	$(PIP) --editable '.[embedded,dev]' --editable './client[langchain,llama-index,mcp]'
 	touch $@
 
 demo: $(VENV)/base

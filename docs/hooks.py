@@ -33,6 +33,7 @@ ELSEWHERE = {
 }
 """Pages whose source is outside of docs/."""
 PAGE_OF = {source: uri for uri, source in ELSEWHERE.items()}
+PAGE_OF |= {"README.md": "index.md", "client/README.md": "client.md"}  # the pages on the same
 AWAITED = {f"docs/images/{name}.png" for name in ("search", "search-persian", "upload", "library", "phone")}
 """Pictures of the page that are left out until they are made."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#\s])")

@@ -3,7 +3,7 @@
 Every fenced block is one. By its language:
 
     console   each `$ ` command, in bash. `clasp` is the real command line on the stand-in encoder, and
-              127.0.0.1:8000 a service on it, which `clasp serve` and `make serve` start
+              127.0.0.1:8000 a service on it, which `clasp serve` and `make serve` start; pip is not run
     python    the page's blocks one after the other, in one namespace
     text      what the example before it prints; `...` stands for anything
     json      after another example, an answer with the members of what that printed last
@@ -43,13 +43,14 @@ from markdown_it import MarkdownIt
 from app.cli import cli
 from app.settings import Settings
 from tests.conftest import SAMPLES, lines
-from tests.forking import Forked
+from tests.forking import SOCKET, address
 from tests.service import ROOT, RunningService, environment
 
 PAGES = sorted(
     page
     for pattern in ("*.md", "docs/*.md", "clasp_core/weights/*/*.md", f"{SAMPLES.relative_to(ROOT)}/*.md")
     for page in ROOT.glob(pattern)
+    if page.name != "client.md"  # tests/client/test_adapters.py runs it, on the service of its other tests
 )
 WELL_FORMED = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads, "mermaid": str}
 NOTE = re.compile(r"<!-- (not run|slow|file|given): (.+) -->")
@@ -158,7 +159,7 @@ class Reader:
     """Somebody who follows a page to the letter, in a folder of their own."""
 
     def __init__(self, folder: Path, *, program: str = "tests.stand_in") -> None:
-        """`program` is the module that is `clasp`. `tests.stand_in` wants `forking` around it."""
+        """`program` is the module that is `clasp`."""
         self.folder = folder
         self.program = program
         self.printed = self._last = ""
@@ -207,9 +208,8 @@ class Reader:
         (self.folder / "recordings").symlink_to(samples / "audio")
         programs = self.folder / ".venv" / "bin"
         programs.mkdir(parents=True)
-        forked = "tests.forking" if self.program == "tests.stand_in" else self.program
         self._program("python", f'exec {sys.executable} "$@"')
-        self._program("clasp", f'exec {sys.executable} -m {forked} "$@"')
+        self._program("clasp", f'exec {sys.executable} -m tests.forking {self.program} "$@"')
         self._program("curl", f'exec {shutil.which("curl")} --silent --show-error --fail-with-body "$@"')
 
     def _program(self, name: str, script: str) -> None:
@@ -226,8 +226,6 @@ class Reader:
     def _served(self) -> RunningService:
         if self.service is None:
             self.service = RunningService(self.folder, program=self.program)
-            if self.program == "tests.stand_in":
-                self.service.new_process = Forked
             self._opened.enter_context(self.service)
             self.service.start()
         return self.service
@@ -237,14 +235,19 @@ class Reader:
         if re.match(r"(make|([A-Z_]+=\S+ )*clasp) serve\b", command):
             self._served()
             return ""
-        if command.startswith("make "):
+        if command.startswith(("make ", "pip install ")):
             return ""
         if exported := re.match(r"export (.*)", command):
             pairs = shlex.split(exported[1], comments=True)
             self._exported |= {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
             return ""
         programs = self.folder / ".venv" / "bin"
-        home = {"HOME": str(self.folder), "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        home = {
+            SOCKET: address(),
+            "HOME": str(self.folder),
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,

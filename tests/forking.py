@@ -1,29 +1,48 @@
-"""`python -m tests.stand_in` a hundred times over: processes forked from one that has imported everything.
+"""Processes forked from one that has imported everything: what a test starts is there at once.
 
-To import takes ten times as long as to start. The forked are real processes, with an environment, pipes and
-an end of their own; only the imports of one serve all, and leases are short. `Forked` is their `Popen`.
+To import takes ten times as long as to start. The forked are real processes, with an environment, pipes,
+signals and an end of their own; only the imports of one serve all. `Forked` is their `Popen`, `run` their
+`subprocess.run`, and `children` knows who started whom. Some tests start the program the plain way
+(test_demo, test_readme, test_container); with CLASP_TEST_FORKING=0 all do.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 SOCKET = "TEST_FORKING"
-"""Variable with the path that the forking process listens at."""
+"""Variable with the path that the forking process listens at: the same for all that it forked."""
+_SHORT_LEASES = "TEST_SHORT_LEASES"
+KILLED = -signal.SIGKILL
+_PROGRAMS = (
+    "app.cli",
+    "app.indexing",
+    "app.main",
+    "clasp_core.backup",
+    "clasp_core.mini",
+    "clasp_core.s3",
+    "tests.core.doubles",
+)
 
 
 class Forked:
-    """A process running `tests.stand_in` with the arguments behind `python -m tests.stand_in`."""
+    """A process that runs a module of ours, by the command `PYTHON -m MODULE ARGUMENTS...`."""
 
     def __init__(
         self,
@@ -35,6 +54,7 @@ class Forked:
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
     ) -> None:
+        assert command[:2] == [sys.executable, "-m"], command
         self.returncode: int | None = None
         self.args = command
         self.stdin: IO[bytes] | None = None
@@ -53,12 +73,11 @@ class Forked:
         else:
             given.append(os.dup(_number(stdout, 1)))
         given.append(os.dup(_number(stderr, 2)))
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(os.environ[SOCKET])
+        self._socket = _connected()
         request = {
-            "arguments": command[3:],
+            "command": command[2:],
             "env": env | {SOCKET: os.environ[SOCKET]},
-            "cwd": str(cwd or "."),
+            "cwd": str(cwd or Path.cwd()),
         }
         socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], given)
         for descriptor in given:
@@ -92,7 +111,43 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
 
-KILLED = -signal.SIGKILL
+def run(
+    command: list[str], *, env: dict[str, str], cwd: Path, timeout: float
+) -> "subprocess.CompletedProcess[str]":
+    """What it printed, and how it ended. Killed, and TimeoutExpired, where it takes longer than that."""
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
+        process = Forked(command, env=env, cwd=cwd, stdout=printed, stderr=complaints)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        for file in (printed, complaints):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, code, printed.read().decode(), complaints.read().decode())
+
+
+def children(pid: int) -> dict[int, list[str]]:
+    """Command lines of the forked processes that this one asked for, and that are not waited for."""
+    if SOCKET not in os.environ:
+        return {}
+    with _connected() as asking, asking.makefile("rb") as answers:
+        asking.sendall(b"null\n")
+        known = json.loads(answers.readline())
+    return {child: command for child, parent, command in known if parent == pid}
+
+
+@contextlib.contextmanager
+def short_leases() -> Iterator[None]:
+    """For what is started meanwhile: else each death of a service and its worker together costs 20 s."""
+    if _SHORT_LEASES in os.environ:
+        yield
+        return
+    os.environ[_SHORT_LEASES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_SHORT_LEASES]
 
 
 def _number(file: int | IO[bytes] | None, otherwise: int) -> int:
@@ -101,96 +156,117 @@ def _number(file: int | IO[bytes] | None, otherwise: int) -> int:
     return file if isinstance(file, int) else file.fileno()
 
 
-def _serve(path: str) -> None:
-    """Fork whatever is asked for, and say when it ended, until standard input does."""
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(path)
-    listening.listen(64)
-    children: dict[int, socket.socket] = {}
-    while True:
-        readable, _, _ = select.select([listening, 0], [], [], 0.01)
-        if 0 in readable:
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-            return
-        if listening in readable:
-            asking, _ = listening.accept()
-            text, given, _, _ = socket.recv_fds(asking, 1 << 20, 3)
-            while not text.endswith(b"\n"):
-                text += asking.recv(1 << 20)
-            if (pid := os.fork()) == 0:
-                for open_one in (listening, asking, *children.values()):
-                    open_one.close()
-                _become(json.loads(text), given)
-            for descriptor in given:
-                os.close(descriptor)
-            asking.sendall(b"%d\n" % pid)
-            children[pid] = asking
-        while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            with children.pop(pid) as asked, contextlib.suppress(OSError):
-                asked.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+def address() -> str:
+    """What `SOCKET` has to be for `python -m tests.forking MODULE ARGUMENTS...` to be a forked process."""
+    if SOCKET not in os.environ:
+        os.environ[SOCKET] = _start()
+    return os.environ[SOCKET]
+
+
+def _connected() -> socket.socket:
+    there = socket.socket(socket.AF_UNIX)
+    there.connect(address())
+    return there
+
+
+@functools.cache
+def _start() -> str:
+    """The path that a forking process listens at, which ends with this one."""
+    folder = tempfile.TemporaryDirectory(prefix="forking-")
+    path = Path(folder.name, "socket")
+    command = [sys.executable, "-m", "tests.forking", str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+
+    @atexit.register
+    def _end() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        folder.cleanup()
+
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return str(path)
 
 
 def _become(request: dict[str, Any], given: list[int]) -> None:
-    code = 1
-    try:
-        for number, descriptor in enumerate(given):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.chdir(request["cwd"])
-        os.environ.clear()
-        os.environ.update(request["env"])
-        sys.argv = ["clasp", *request["arguments"]]
-        from clasp_core import faults, ingest, reindex
-        from tests import stand_in
+    for number, descriptor in enumerate(given):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    module, *arguments = request["command"]
+    sys.argv = [module, *arguments]
 
-        ingest.LEASE_S = 3.0  # else each death of a service and its worker together costs 20 s of waiting
+    from app import workers
+    from clasp_core import faults, ingest, reindex
+
+    workers.subprocess = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE)  # type: ignore[assignment]
+    if _SHORT_LEASES in os.environ:
+        ingest.LEASE_S = 3.0
         reindex.FOLLOW_WITHIN_S = 2.0
-        faults._armed = faults._from_environment(os.environ.get("CLASP_FAULT", ""))
-        stand_in.main(worker_process=Forked)
-        code = 0
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    faults._armed = faults._from_environment(os.environ.get("CLASP_FAULT", ""))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-@contextlib.contextmanager
-def forking(folder: Path) -> Iterator[None]:
-    """While this lasts, `Forked` works; where it does already, this is nothing."""
-    if SOCKET in os.environ:
-        yield
-        return
-    path = folder / "forking"
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.forking", str(path)], stdin=subprocess.PIPE
-    ) as process:
-        while not path.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.environ[SOCKET] = str(path)
-        try:
-            yield
-        finally:
-            del os.environ[SOCKET]
-            assert process.stdin is not None
-            process.stdin.close()
+def _serve(path: str) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork whatever is asked for, and say when it ended, until standard input does. Returns in each child,
+    with what it is to become; and in the forking process itself, at the end, with None."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{path}.new")
+    listening.listen(64)
+    woken, waking = socket.socketpair()
+    waking.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    Path(f"{path}.new").rename(path)
+    alive: dict[int, tuple[socket.socket, int, list[str]]] = {}
+    while True:
+        readable, _, _ = select.select([listening, woken, 0], [], [])
+        if 0 in readable:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            return None
+        if woken in readable:
+            woken.recv(4096)
+            while alive:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                asked, _, _ = alive.pop(pid)
+                with asked, contextlib.suppress(OSError):
+                    asked.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+        if listening not in readable:
+            continue
+        asking, _ = listening.accept()
+        text, given, _, _ = socket.recv_fds(asking, 1 << 20, 3)
+        while not text.endswith(b"\n"):
+            text += asking.recv(1 << 20)
+        asked_for = json.loads(text)
+        if asked_for is None:
+            known = [[pid, parent, command] for pid, (_, parent, command) in alive.items()]
+            with asking:
+                asking.sendall(json.dumps(known).encode() + b"\n")
+            continue
+        if (pid := os.fork()) == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for ours in (listening, woken, waking, asking, *(asked for asked, _, _ in alive.values())):
+                ours.close()
+            return asked_for, given
+        for descriptor in given:
+            os.close(descriptor)
+        peer = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        alive[pid] = (asking, struct.unpack("3i", peer)[0], asked_for["command"])
+        asking.sendall(b"%d\n" % pid)
 
 
 if __name__ == "__main__":
-    if SOCKET in os.environ:  # be one that is forked: `python -m tests.forking keys list`
-        asked = Forked(["python", "-m", "clasp", *sys.argv[1:]], env=dict(os.environ), cwd=Path.cwd())
-        sys.exit(asked.wait())
-    for module in ("app.indexing", "app.main", "clasp_core.backup", "clasp_core.s3", "tests.stand_in"):
-        importlib.import_module(module)
-    _serve(sys.argv[1])
+    if SOCKET in os.environ:  # be one that is forked: `python -m tests.forking app.cli keys list`
+        sys.exit(Forked([sys.executable, "-m", *sys.argv[1:]], env=dict(os.environ)).wait())
+    for program in _PROGRAMS:
+        importlib.import_module(program)
+    if (wanted := _serve(sys.argv[1])) is not None:
+        _become(*wanted)

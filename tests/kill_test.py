@@ -34,8 +34,9 @@ from typing import Any, TextIO
 import httpx
 
 from clasp_core.faults import POINTS
+from tests import forking
 from tests.audio_files import encode, speech
-from tests.forking import Forked, forking
+from tests.forking import Forked, short_leases
 from tests.object_store import object_store
 from tests.service import RunningService, engines, environment, eventually
 from tests.stand_in import OTHER
@@ -403,14 +404,7 @@ class KillTest:
         """Run a verb to its end."""
         command = [sys.executable, "-m", PROGRAM, *map(str, arguments)]
         env = environment(**({"model": self._model(), "threads": 1} | engines(self._data) | settings))
-        with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
-            process = Forked(command, env=env, cwd=self._folder, stdout=printed, stderr=complaints)
-            code = process.wait(120)
-            for file in (printed, complaints):
-                file.seek(0)
-            return subprocess.CompletedProcess(
-                command, code, printed.read().decode(), complaints.read().decode()
-            )
+        return forking.run(command, env=env, cwd=self._folder, timeout=120)
 
     def _back_up(self) -> None:
         done = self._clasp("backup", self._backup)
@@ -619,7 +613,7 @@ def _kill(pids: list[int]) -> None:
 def run(folder: Path, *, kills: int, seed: int, log: TextIO, points: list[tuple[str, str]]) -> dict[str, Any]:
     """These points in random order, then random moments until there were so many kills; the summary. Ends
     at the first violation: what follows one means nothing."""
-    with forking(folder), KillTest(folder, seed, log) as test:
+    with short_leases(), KillTest(folder, seed, log) as test:
         try:
             for where, point in test.chance.sample(points, len(points)):
                 test.at_point(where, point)

@@ -36,7 +36,7 @@ import sqlalchemy as sa
 from clasp_core.database import RECORDINGS, SEGMENTS
 from clasp_core.ingest import embed_recording
 from tests.core.doubles import SpectralSpeechEncoder
-from tests.forking import Forked, forking
+from tests.forking import Forked, short_leases
 from tests.load_proof import clip, percentiles
 from tests.service import eventually
 from tests.stack import Stack
@@ -357,7 +357,7 @@ def run(
 ) -> dict[str, Any]:
     """The figures; `complaints` is empty where all is well. `kills` None: as long as there are uploads."""
     began = time.monotonic()
-    with forking(folder):
+    with short_leases():
         network = Network(folder, database_url=database_url, seed=seed, new_process=Forked, **settings)
         figures: dict[str, Any] = {}
         try:

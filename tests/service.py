@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import httpx
 import sqlalchemy as sa
 
+from tests import forking
 from tests.milvus import lite_server
 from tests.object_store import object_store
 from tests.postgres import database_settings
 
 T = TypeVar("T")
 START_WITHIN_S = 120
+FORKING = os.environ.get("CLASP_TEST_FORKING") != "0"
 ROOT = Path(__file__).parent.parent
 
 
@@ -64,14 +66,11 @@ def clasp(
     """Run the command line as a user would; by default on the data directory `cwd/index_data`."""
     data_dir = Path(str(settings.get("data_dir", cwd / "index_data")))
     settings = engines(data_dir) | {"threads": 1} | settings
-    return subprocess.run(
-        [sys.executable, "-m", program, *map(str, arguments)],
-        env=environment(**settings) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=within_s,
-    )
+    command = [sys.executable, "-m", program, *map(str, arguments)]
+    env = environment(**settings) | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    if FORKING:
+        return forking.run(command, env=env, cwd=cwd, timeout=within_s)
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=within_s)
 
 
 class RunningService:
@@ -93,7 +92,7 @@ class RunningService:
             self.port = probe.getsockname()[1]
         where = Path(str(settings.get("data_dir", data_dir / "index_data")))
         self.settings = {"data_dir": where, "threads": 1} | engines(where) | settings
-        self.new_process: Any = subprocess.Popen
+        self.new_process: Any = forking.Forked if FORKING and not under else subprocess.Popen
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 
@@ -144,6 +143,7 @@ class RunningService:
         found = [self.process.pid]
         for pid in found:
             found += [child for child, parent in parents.items() if parent == pid]
+            found += forking.children(pid)
         return found
 
     def worker_pids(self) -> list[int]:
@@ -153,7 +153,10 @@ class RunningService:
             ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True
         )
         lines = found.stdout.decode().splitlines()
-        return [int(line.split()[0]) for line in lines if " worker " in line]
+        plain = [int(line.split()[0]) for line in lines if " worker " in line]
+        return plain + [
+            pid for pid, command in forking.children(self.process.pid).items() if "worker" in command
+        ]
 
     def kill(self) -> None:
         """The API process dies as by a power cut; its workers notice."""

@@ -8,13 +8,10 @@ A recording that is asked with as sound is its own best hit; a text finds all, i
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from app import opening, workers
 from clasp_core.models import Model, Part
@@ -66,12 +63,11 @@ def open_stand_in(name: str, *, models_dir: Path | None = None, device: str = "c
     return StandIn(name)
 
 
-def main(worker_process: Any = subprocess.Popen) -> None:
-    """Be `clasp`; `worker_process` is what its workers are started with."""
+def main() -> None:
+    """Be `clasp`."""
     opening.open_model = open_stand_in  # type: ignore[assignment]
     opening.use_threads = lambda threads: None  # type: ignore[assignment]
     workers.PROGRAM = (sys.executable, "-m", "tests.stand_in")
-    workers.subprocess = SimpleNamespace(Popen=worker_process, PIPE=subprocess.PIPE)  # type: ignore[assignment]
 
     from app import cli
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from tests.examples import (
     runs,
     unknown_settings,
 )
-from tests.forking import forking
 from tests.service import ROOT
 
 UNDERSTANDING = {"docs/tutorial.md"}
@@ -33,12 +31,6 @@ ALL = [example for page in PAGES for example in examples(page)]
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with forking(tmp_path_factory.mktemp("forking")):
-        yield
 
 
 @pytest.mark.parametrize("source", list(pages_that_run()), ids=name)

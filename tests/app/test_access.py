@@ -160,8 +160,12 @@ def test_keys_are_listed_without_their_secrets(keyed: Keyed) -> None:
 def test_the_log_says_which_key_asked(keyed: Keyed) -> None:
     """After a leak somebody has to find out what was done with the key."""
     keyed.ask("reader", "GET", "/audio", headers={"X-Request-ID": "traced-1"})
-    lines = [json.loads(line) for line in keyed.service.log().splitlines()]
-    (line,) = [line for line in lines if line.get("request_id") == "traced-1"]
+
+    def written() -> list[dict[str, Any]]:  # after the answer
+        lines = [json.loads(line) for line in keyed.service.log().splitlines()]
+        return [line for line in lines if line.get("request_id") == "traced-1"]
+
+    (line,) = eventually(written, within_s=10)
     assert line["key"] == "reader"
 
 
@@ -173,6 +177,8 @@ READS = [
     ("GET", "/audio/none"),
     ("GET", "/audio/none/content"),
     ("HEAD", "/audio/none/content"),
+    ("GET", "/audio/none/waveform"),
+    ("GET", "/collections"),
     ("GET", "/search?q=a"),
     ("POST", "/search"),
     ("POST", "/search/audio"),
@@ -245,7 +251,8 @@ def test_a_limited_key_sees_only_its_collections(keyed: Keyed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "suffix"), [("GET", ""), ("GET", "/content"), ("PATCH", ""), ("DELETE", "")]
+    ("method", "suffix"),
+    [("GET", ""), ("GET", "/content"), ("GET", "/waveform"), ("PATCH", ""), ("DELETE", "")],
 )
 def test_another_s_recording_is_not_there(keyed: Keyed, method: str, suffix: str) -> None:
     """Not "forbidden": that would say that the id is in use. Every byte is as for an id that nobody has."""

@@ -389,6 +389,7 @@ def test_an_interrupted_run_is_gone_on_with_beside_a_worker(
         ) as worker,
     ):
         try:
+            eventually(lambda: "worker ready" in (tmp_path / "worker.log").read_text(), within_s=60)
             shown = clasp("reindex", "--model", OTHER, cwd=tmp_path, program=program)
             assert shown.returncode == 0, shown.stderr
             assert shown.stdout.startswith(f"{12 - done} embedded, 0 failed\nswitched: ")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from clasp_core.access import Keys
 from clasp_core.catalog import Catalog
 from tests.audio_files import encode, speech
-from tests.forking import Forked, forking
+from tests.forking import Forked, short_leases
 from tests.load_proof import clip
 from tests.network_test import run
 from tests.postgres import postgres_url
@@ -40,7 +41,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("replicas")
     url = postgres_url()
     with (
-        forking(folder),
+        short_leases(),
         Stack(folder, new_process=Forked, database_url=url, api_keys=KEY, log_level="info") as running,
     ):
         for api in running.apis:
@@ -281,7 +282,7 @@ def shows(api: RunningService, model: str) -> bool:
 def run_reindex(stack: Stack, model: str) -> None:
     with (stack.data_dir / "reindex.log").open("wb") as log:
         verb = Forked(
-            ["python", "-m", "tests.stand_in", "reindex", "--model", model],
+            [sys.executable, "-m", "tests.stand_in", "reindex", "--model", model],
             env=environment(**stack.settings) | {"PYTHONPATH": str(ROOT)},
             cwd=stack.data_dir,
             stderr=log,
