@@ -4,6 +4,7 @@
 #   make test    the test suite            make check   format, lint, types, import rules, containers, keys
 #   make audit   known holes in the pinned versions (needs the internet)
 #   make bench   side-by-side measurements make golden  regenerate what tests pin
+#   make docs    the documentation, site/index.html
 # Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
 # whose default index serves CUDA builds (none is installed on a machine whose index serves CPU builds).
 
@@ -14,10 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow test-scaled check audit bench golden train clean
+.PHONY: help demo serve test test-slow test-scaled check audit bench golden docs train clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -77,8 +78,11 @@ bench: $(VENV)/dev
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make
 
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 train: $(VENV)/dev
 	$(BIN)/clasp train training/mini.toml
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -156,11 +156,16 @@ def _number(file: int | IO[bytes] | None, otherwise: int) -> int:
     return file if isinstance(file, int) else file.fileno()
 
 
-def _connected() -> socket.socket:
+def address() -> str:
+    """What `SOCKET` has to be for `python -m tests.forking MODULE ARGUMENTS...` to be a forked process."""
     if SOCKET not in os.environ:
         os.environ[SOCKET] = _start()
+    return os.environ[SOCKET]
+
+
+def _connected() -> socket.socket:
     there = socket.socket(socket.AF_UNIX)
-    there.connect(os.environ[SOCKET])
+    there.connect(address())
     return there
 
 
@@ -259,6 +264,8 @@ def _serve(path: str) -> tuple[dict[str, Any], list[int]] | None:
 
 
 if __name__ == "__main__":
+    if SOCKET in os.environ:  # be one that is forked: `python -m tests.forking app.cli keys list`
+        sys.exit(Forked([sys.executable, "-m", *sys.argv[1:]], env=dict(os.environ)).wait())
     for program in _PROGRAMS:
         importlib.import_module(program)
     if (wanted := _serve(sys.argv[1])) is not None:
