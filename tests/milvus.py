@@ -53,7 +53,7 @@ def whole_server() -> str:
     port = free_port()
     process = subprocess.Popen(
         [program, "--data", folder, "--proxy-port", str(port)],
-        env=os.environ | {"QUERYNODE_SEGCORE_INTERIMINDEX_ENABLEINDEX": "false"},  # as docs/operations.md says
+        env=os.environ | {"QUERYNODE_SEGCORE_INTERIMINDEX_ENABLEINDEX": "false"},  # docs/operations.md
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
