@@ -23,8 +23,10 @@ from clasp_core.library import check_name
 from clasp_core.limits import Pace, Rate
 from clasp_core.types import Seconds
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/"})
 """What says nothing of anybody's recordings."""
+OPEN_BELOW = "/page/"
+"""The page's files, likewise."""
 _AT_ONCE = 4
 
 
@@ -39,7 +41,7 @@ class Guard:
         self._pace = Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             if self._limiter is None:
                 # threads of our own: where all others wait for a long recording, a question does not
                 self._limiter = anyio.CapacityLimiter(_AT_ONCE)
@@ -58,6 +60,10 @@ class Guard:
                     await _too_many(grant.rate, wait_s)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_BELOW)
 
 
 def _too_many(rate: Rate, wait_s: Seconds) -> Response:

@@ -338,13 +338,17 @@ def get_content(
 
 
 class _Content(FileResponse):
-    """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form."""
+    """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form.
+
+    They are somebody's: whatever a browser takes them for, it is no page of ours, and runs nothing.
+    """
 
     def __init__(self, stored: Stored, media_type: str, etag: str) -> None:
         stat = os.stat_result(
             (0,) * 6 + (stored.size_bytes, 0, stored.modified_at, 0)
         )  # of which two are asked
-        super().__init__("", media_type=media_type, headers={"ETag": etag}, stat_result=stat)
+        headers = {"ETag": etag, "Content-Security-Policy": "sandbox; default-src 'none'"}
+        super().__init__("", media_type=media_type, headers=headers, stat_result=stat)
         self._stored = stored
 
     @contextlib.asynccontextmanager
