@@ -16,7 +16,7 @@ COPY clasp_core clasp_core
 COPY app app
 RUN pip wheel --no-deps --wheel-dir /dist .
 
-# Gigabytes that change with the versions only, in layers of their own: an empty package asks for them.
+# All that the program stands on: an empty package asks for it, so that a change to the source keeps these layers.
 FROM base AS needs
 ARG TORCH_INDEX=""
 ARG EXTRAS=""
