@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import errors, pages, routes
-from app.access import Guard
+from app.access import Gate, Guard
 from app.clients import Connection, Deadline
 from app.schemas import ProblemBody
 from app.service import Service
@@ -65,7 +65,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(routes.api, prefix="/v1", include_in_schema=False)
     app.include_router(routes.operations)
     app.include_router(pages.pages)
-    app.add_middleware(Guard, keys=lambda: Keys(service.library.catalog, settings.api_keys))
+    gate = Gate(lambda: Keys(service.library.catalog, settings.api_keys))
+    app.state.gate = gate
+    app.add_middleware(Guard, gate=gate)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES)
     app.add_middleware(Deadline, timeout_s=settings.request_timeout_s)

@@ -22,7 +22,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from app import schemas, uploads
-from app.access import Admin, Reader, Writer, destination, visible
+from app.access import (
+    Admin,
+    Anyone,
+    Gate,
+    Reader,
+    Writer,
+    destination,
+    drop_cookie,
+    refuse_other_origins,
+    set_cookie,
+    visible,
+)
 from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
 from app.preconditions import etag_of, is_among, operation_name, require
@@ -30,6 +41,8 @@ from app.schemas import (
     GROUP_BY,
     MAX_QUERY_CHARACTERS,
     MIN_SCORE,
+    CollectionBody,
+    CollectionList,
     DeletionAnswer,
     DeletionBody,
     FilterBody,
@@ -43,7 +56,10 @@ from app.schemas import (
     SearchAnswers,
     SearchBody,
     Searching,
+    SessionBody,
+    SessionKey,
     Status,
+    WaveformBody,
 )
 from app.service import Service
 from clasp_core.access import Grant
@@ -62,6 +78,7 @@ _log = structlog.get_logger()
 MAX_WAIT_S: Seconds = 60.0
 MAX_METADATA_BYTES = 32 * 1024
 MAX_METADATA_DEPTH = 32
+MAX_POINTS = 10_000
 
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -337,6 +354,39 @@ def get_content(
     return _Content(stored, media_type, etag)
 
 
+@api.get(
+    "/audio/{id}/waveform",
+    response_model=WaveformBody,
+    responses={200: {"headers": _ETAG}, 304: {"description": "It is as `If-None-Match` says."}},
+    summary="What its waveform is drawn from",
+)
+def get_waveform(
+    service: ServiceHere,
+    grant: Reader,
+    id: str,
+    points: Annotated[int, Query(ge=1, le=MAX_POINTS, description="How many peaks at most.")] = 400,
+    start_s: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0,
+    end_s: Annotated[
+        float | None, Query(ge=0, allow_inf_nan=False, description="By default the end."), _EMPTY_IS_ABSENT
+    ] = None,
+    collection: Collection = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    if end_s is not None and end_s < start_s:
+        raise InvalidField("end_s is before start_s.")
+    recording, kept = service.library.catalog.waveform(id, within=visible(grant, collection))
+    length_s = recording.duration_s or 0.0
+    from_s, to_s, peaks = kept.between(start_s, length_s if end_s is None else min(end_s, length_s), points)
+    body = WaveformBody(
+        start_s=round(from_s, 3), end_s=round(min(to_s, length_s), 3), peaks=peaks.round(4).tolist()
+    )
+    content = body.model_dump_json()
+    headers = {"ETag": etag_of(content.encode()), "Cache-Control": "private, no-cache"}
+    if is_among(headers["ETag"], if_none_match or []):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type="application/json")
+
+
 class _Content(FileResponse):
     """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form.
 
@@ -390,14 +440,30 @@ def delete_recording(
     return Response(status_code=204)
 
 
+@api.get("/collections", summary="Collections, and what is in them")
+def list_collections(service: ServiceHere, grant: Reader) -> CollectionList:
+    found = service.library.catalog.collections(within=grant.collections)
+    return CollectionList(items=[CollectionBody(**one._asdict()) for one in found])
+
+
 # --- search
 
 
-@api.get("/search", summary="Find recordings by a question in any language")
+@api.get("/search", summary="Find recordings by a question in any language, or by a recording")
 async def search(
     service: ServiceHere,
     grant: Reader,
-    q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
+    q: Annotated[
+        str | None,
+        Query(max_length=MAX_QUERY_CHARACTERS, description="The question; either this or `like` is needed."),
+    ] = None,
+    like: Annotated[str | None, Query(max_length=128, description=schemas.LIKE), _EMPTY_IS_ABSENT] = None,
+    at_s: Annotated[
+        float | None, Query(ge=0, allow_inf_nan=False, description=schemas.AT_S), _EMPTY_IS_ABSENT
+    ] = None,
+    like_collection: Annotated[
+        str | None, Query(description=schemas.LIKE_COLLECTION), _EMPTY_IS_ABSENT
+    ] = None,
     lang: Annotated[
         str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
     ] = None,
@@ -406,10 +472,18 @@ async def search(
     min_score: OptionalScore = None,
     group_by: GroupBy = "recording",
 ) -> SearchAnswer:
-    body = SearchBody(
-        q=q, lang=lang, limit=limit, collection=collection, min_score=min_score, group_by=group_by
-    )
-    return await _answer(service, grant, body)
+    given = {
+        "q": q,
+        "like": like,
+        "at_s": at_s,
+        "like_collection": like_collection,
+        "lang": lang,
+        "limit": limit,
+        "collection": collection,
+        "min_score": min_score,
+        "group_by": group_by,
+    }
+    return await _answer(service, grant, _validated(SearchBody, given, "query"))
 
 
 @api.post("/search", summary="One question with filters, or several questions")
@@ -467,19 +541,42 @@ async def _answer_to_recording(
 
 async def _answer(service: Service, grant: Grant, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
-    if service.settings.log_questions:
+    if service.settings.log_questions and body.q is not None:
         _log.info("question", q=body.q, lang=body.lang)
-    lang, normalized = _normalized(body)
     among = schemas.filter_of(body.filter, visible(grant, body.collection))
     question = Question(body.limit, among, _number(body.min_score), body.group_by)
-    answer = await service.answerer.ask(normalized, question)
-    echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
+    if body.like is not None:
+        echo = QueryEcho(text=None, lang=None, normalized=None)
+        answer = await _answer_to_like(
+            service, body.like, body.at_s, visible(grant, body.like_collection), question
+        )
+    else:
+        lang, normalized = _normalized(body.q or "", body.lang)
+        echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
+        answer = await service.answerer.ask(normalized, question)
     return SearchAnswer.of(echo, answer, time.perf_counter() - started, body.min_score)
 
 
-def _normalized(body: SearchBody) -> tuple[str | None, str]:
-    lang = canonical_tag(body.lang)
-    normalized = normalize_text(body.q, lang)
+async def _answer_to_like(
+    service: Service,
+    recording_id: str,
+    at_s: Seconds | None,
+    within: frozenset[str] | None,
+    question: Question,
+) -> Answer:
+    """Looks its vector up again where the library was switched to another model in the middle."""
+    while True:
+        engine = service.answerer.engine
+        recording, vector = await run_in_threadpool(
+            engine.library.direction, recording_id, at_s=at_s, within=within
+        )
+        with contextlib.suppress(EngineChanged):
+            return await service.answerer.ask(vector, replace(question, besides=recording), made_by=engine)
+
+
+def _normalized(text: str, lang: str | None) -> tuple[str | None, str]:
+    lang = canonical_tag(lang)
+    normalized = normalize_text(text, lang)
     if not normalized:
         raise EmptyQuery("The question is empty.")
     return lang, normalized
@@ -488,6 +585,39 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
 def _number(min_score: float | Literal["auto"] | None) -> float | None:
     """What the library can narrow by; `auto` is for the answer, which knows its model."""
     return None if min_score == "auto" else min_score
+
+
+# --- sessions of browsers
+
+
+@api.get("/session", summary="Who is asking, and what they may do")
+def get_session(grant: Anyone, response: Response) -> SessionBody:
+    response.headers["Cache-Control"] = "no-store"
+    return SessionBody.of(grant)
+
+
+@api.post(
+    "/session",
+    status_code=204,
+    responses={204: {"description": "The key is valid; the cookie `clasp_key` holds it, if one is needed."}},
+    summary="Let a browser present a key as a cookie",
+)
+async def open_session(request: Request, body: SessionKey) -> Response:
+    refuse_other_origins(request.headers)  # which would have somebody upload under their key
+    gate: Gate = request.app.state.gate
+    grant = await gate.admit(request.scope, body.key)
+    answer = Response(status_code=204)
+    if grant.name is not None:
+        set_cookie(answer, request, body.key, remember=body.remember)
+    return answer
+
+
+@api.delete("/session", status_code=204, summary="Have a browser forget its key")
+async def close_session(request: Request) -> Response:
+    refuse_other_origins(request.headers)
+    answer = Response(status_code=204)
+    drop_cookie(answer)
+    return answer
 
 
 # --- operation
@@ -541,10 +671,16 @@ def _parsed(model: type[Parsed], text: str | bytes, *place: str) -> Parsed:
     """JSON as one of our bodies; errors are told as FastAPI tells its own, with their place in the
     request."""
     try:
-        return model.model_validate(orjson.loads(text))
+        given = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         kind = "json_invalid" if place == ("body",) else "json_type"
         raise RequestValidationError([{"type": kind, "loc": place, "msg": f"Not JSON: {error}"}]) from None
+    return _validated(model, given, *place)
+
+
+def _validated(model: type[Parsed], given: object, *place: str) -> Parsed:
+    try:
+        return model.model_validate(given)
     except ValidationError as error:
         found = [dict(item) | {"loc": (*place, *item["loc"])} for item in error.errors()]
         raise RequestValidationError(found) from None

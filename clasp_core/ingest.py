@@ -20,7 +20,6 @@ from typing import BinaryIO, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
@@ -38,6 +37,7 @@ from clasp_core.errors import (
 from clasp_core.faults import fault
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
+from clasp_core.peaks import PeakMeter, Peaks
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
 from clasp_core.tracing import record, span
 from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
@@ -83,6 +83,7 @@ class _Job:
 
     recording: Recording
     segments: list[EmbeddedSegment] = field(default_factory=list)
+    peaks: PeakMeter = field(default_factory=PeakMeter)
     samples: int = 0
     error: ClaspError | None = None
 
@@ -97,7 +98,14 @@ class Queue(Protocol):
     def release(self, owner: str, *, died: bool = False) -> None: ...
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool: ...
     def complete(
-        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+        self,
+        key: int,
+        owner: str,
+        *,
+        duration_s: Seconds,
+        model: str,
+        segments: Sequence[EmbeddedSegment],
+        peaks: Peaks | None = None,
     ) -> bool: ...
 
 
@@ -250,6 +258,7 @@ class Ingester:
             for block in _timed(made, decoded):
                 if sampling_rate == SAMPLING_RATE:
                     job.samples += len(block)
+                    job.peaks.add(block)
                 yield block
 
         try:
@@ -287,7 +296,12 @@ class Ingester:
         duration_s = job.samples / SAMPLING_RATE
         done = self._written(
             lambda: self._queue.complete(
-                key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
+                key,
+                self.owner,
+                duration_s=duration_s,
+                model=self._library.model,
+                segments=job.segments,
+                peaks=job.peaks.peaks(),
             )
         )
         fault("ingest.committed")
@@ -449,14 +463,6 @@ def warm_up(encoder: SpeechEncoder) -> None:
 
     pictured = None if encoder.picture_rate is None else [noise(encoder.picture_rate)]
     encoder.encode([noise(SAMPLING_RATE)], pictured)
-
-
-def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:
-    """One unit vector (dim,) for a whole recording: its segments' mean, weighted by their lengths."""
-    weights = np.array([segment.end_s - segment.start_s for segment in segments], np.float32)
-    mean = weights @ np.stack([segment.vector for segment in segments])
-    vector: NDArray[np.float32] = mean / np.linalg.norm(mean)
-    return vector
 
 
 class _Heartbeat:
