@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
-    "samples.md": "samples/README.md",
+    "samples.md": "app/samples/README.md",
     "models/mini.md": "clasp_core/weights/mini/README.md",
     "models/hybrid.md": "clasp_core/weights/hybrid/README.md",
 }

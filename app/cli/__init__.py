@@ -19,6 +19,7 @@ VERBS = {
         "index": ("indexing", "Index recordings: files, or folders with everything in them."),
         "search": ("search", "Find recordings by a question in any language."),
         "embed": ("search", "The unit vector of a text or of a recording, as JSON."),
+        "demo": ("demo", "Index the sample recordings, ask about them in many languages, check the answers."),
         "status": ("status", "What the library holds and what it is at, at a glance."),
     },
     "Service": {
