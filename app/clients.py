@@ -18,7 +18,8 @@ from app.errors import problem
 from app.uploads import STREAMED
 from clasp_core.types import Seconds
 
-_SEARCHES = frozenset({"/search", "/search/audio"})
+_READING = frozenset({"/search", "/search/audio", "/session"})
+"""Where a body changes nothing."""
 MAX_HEAD_BYTES = 128 << 10
 """What a request may have before its body. An address is legible up to 64 KiB."""
 CLIENT_GONE = 499
@@ -42,7 +43,7 @@ class Deadline:
             await self._app(scope, receive, send)
             return
         path, is_get = scope["path"].removeprefix("/v1"), scope["method"] in ("GET", "HEAD")
-        if not is_get and path not in _SEARCHES:
+        if not is_get and path not in _READING:
             await self._app(scope, receive, send)
             return
         arrived, gone = asyncio.Event(), asyncio.Event()

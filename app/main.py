@@ -14,8 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app import errors, routes
-from app.access import Guard
+from app import errors, pages, routes
+from app.access import Gate, Guard
 from app.clients import Connection, Deadline
 from app.schemas import ProblemBody
 from app.service import Service
@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("clasp-search"),
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # made of what a foreign host has: ours is in app/pages
         redoc_url=None,
         # FastAPI's own spans and events hold query strings and exceptions' messages: see app/tracing
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
@@ -63,7 +64,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(routes.api)
     app.include_router(routes.api, prefix="/v1", include_in_schema=False)
     app.include_router(routes.operations)
-    app.add_middleware(Guard, keys=lambda: Keys(service.library.catalog, settings.api_keys))
+    app.include_router(pages.pages)
+    gate = Gate(lambda: Keys(service.library.catalog, settings.api_keys))
+    app.state.gate = gate
+    app.add_middleware(Guard, gate=gate)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES)
     app.add_middleware(Deadline, timeout_s=settings.request_timeout_s)

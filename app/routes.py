@@ -22,7 +22,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from app import schemas, uploads
-from app.access import Admin, Reader, Writer, destination, visible
+from app.access import (
+    Admin,
+    Anyone,
+    Gate,
+    Reader,
+    Writer,
+    destination,
+    drop_cookie,
+    refuse_other_origins,
+    set_cookie,
+    visible,
+)
 from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
 from app.preconditions import etag_of, is_among, operation_name, require
@@ -43,6 +54,8 @@ from app.schemas import (
     SearchAnswers,
     SearchBody,
     Searching,
+    SessionBody,
+    SessionKey,
     Status,
 )
 from app.service import Service
@@ -338,13 +351,17 @@ def get_content(
 
 
 class _Content(FileResponse):
-    """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form."""
+    """Stored bytes in ranges. What cannot be read is no range (RFC 9110, 14.2); errors are in our form.
+
+    They are somebody's: whatever a browser takes them for, it is no page of ours, and runs nothing.
+    """
 
     def __init__(self, stored: Stored, media_type: str, etag: str) -> None:
         stat = os.stat_result(
             (0,) * 6 + (stored.size_bytes, 0, stored.modified_at, 0)
         )  # of which two are asked
-        super().__init__("", media_type=media_type, headers={"ETag": etag}, stat_result=stat)
+        headers = {"ETag": etag, "Content-Security-Policy": "sandbox; default-src 'none'"}
+        super().__init__("", media_type=media_type, headers=headers, stat_result=stat)
         self._stored = stored
 
     @contextlib.asynccontextmanager
@@ -484,6 +501,39 @@ def _normalized(body: SearchBody) -> tuple[str | None, str]:
 def _number(min_score: float | Literal["auto"] | None) -> float | None:
     """What the library can narrow by; `auto` is for the answer, which knows its model."""
     return None if min_score == "auto" else min_score
+
+
+# --- sessions of browsers
+
+
+@api.get("/session", summary="Who is asking, and what they may do")
+def get_session(grant: Anyone, response: Response) -> SessionBody:
+    response.headers["Cache-Control"] = "no-store"
+    return SessionBody.of(grant)
+
+
+@api.post(
+    "/session",
+    status_code=204,
+    responses={204: {"description": "The key is valid; the cookie `clasp_key` holds it, if one is needed."}},
+    summary="Let a browser present a key as a cookie",
+)
+async def open_session(request: Request, body: SessionKey) -> Response:
+    refuse_other_origins(request.headers)  # which would have somebody upload under their key
+    gate: Gate = request.app.state.gate
+    grant = await gate.admit(request.scope, body.key)
+    answer = Response(status_code=204)
+    if grant.name is not None:
+        set_cookie(answer, request, body.key, remember=body.remember)
+    return answer
+
+
+@api.delete("/session", status_code=204, summary="Have a browser forget its key")
+async def close_session(request: Request) -> Response:
+    refuse_other_origins(request.headers)
+    answer = Response(status_code=204)
+    drop_cookie(answer)
+    return answer
 
 
 # --- operation

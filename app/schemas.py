@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from typing_extensions import TypedDict
 
 from app.answering import Answer
+from clasp_core.access import SCOPES, Grant, Scope
 from clasp_core.calibration import calibration_of
 from clasp_core.catalog import Recording
 from clasp_core.errors import InvalidField, NotCalibrated
@@ -373,6 +374,35 @@ class ReadyBody(BaseModel):
     checks: Annotated[dict[str, str], Field(description="Each is `ok`, or says what is wrong.")]
     degraded: Annotated[list[str], Field(description="Checks that are not well, but stop no answer.")]
     age_s: Annotated[float, Field(description="Seconds since the oldest look.")]
+
+
+class SessionBody(BaseModel):
+    """Who is asking, and what they may do."""
+
+    name: Annotated[str | None, Field(description="The API key's name; null where none was needed.")]
+    scopes: Annotated[list[Scope], Field(description="What is allowed: with `admin`, all three.")]
+    collections: Annotated[list[str] | None, Field(description="The only ones to be seen; null: all.")]
+    anonymous: Annotated[bool, Field(description="Whether this service lets everybody in, without a key.")]
+
+    @classmethod
+    def of(cls, grant: Grant) -> "SessionBody":
+        return cls(
+            name=grant.name,
+            scopes=[scope for scope in SCOPES if grant.allows(scope)],
+            collections=None if grant.collections is None else sorted(grant.collections),
+            anonymous=grant.name is None,
+        )
+
+
+class SessionKey(BaseModel):
+    """A key that a browser is to present from now on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: Annotated[str, Field(min_length=1, max_length=1024)]
+    remember: Annotated[
+        bool, Field(strict=True, description="For 30 days, and not only until the browser is closed.")
+    ] = False
 
 
 class QueryEcho(BaseModel):

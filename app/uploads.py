@@ -36,6 +36,8 @@ FILE_FIELDS = ("file", "audio")
 MAX_FIELD_BYTES = 64 * 1024
 MAX_PARTS = 16
 STREAMED = frozenset({"/audio", "/search/audio"})
+SMALL = {"/session": 16 * 1024}
+"""Bytes of what is read of anybody, before a key is known."""
 """Where recordings arrive."""
 MAX_JSON_BYTES = 4 << 20
 """Several times what the largest acceptable POST /search needs."""
@@ -97,17 +99,18 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix("/v1") in STREAMED:
+        path = scope["path"].removeprefix("/v1") if scope["type"] == "http" else None
+        if path is None or path in STREAMED:
             await self._app(scope, receive, send)
             return
-        received = 0
+        received, most = 0, min(self._max_bytes, SMALL.get(path, self._max_bytes))
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise HTTPException(413, f"A JSON body may have at most {self._max_bytes} bytes.")
+            if received > most:
+                raise HTTPException(413, f"A JSON body may have at most {most} bytes.")
             return message
 
         await self._app(scope, limited, send)
