@@ -31,7 +31,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 demo: $(VENV)/base
-	$(BIN)/python samples/demo.py
+	$(BIN)/clasp demo
 
 serve: $(VENV)/base
 	$(BIN)/clasp serve

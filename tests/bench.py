@@ -22,7 +22,7 @@ from clasp_core.models import open_model
 from tests.service import RunningService
 
 ROOT = Path(__file__).parent.parent
-SAMPLES = ROOT / "samples"
+SAMPLES = ROOT / "app" / "samples"
 OUT = ROOT / "bench-results"
 REPEATS = 5
 LONG_S = 3 * 3600

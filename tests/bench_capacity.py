@@ -158,7 +158,7 @@ def searching() -> dict[str, float]:
 
 def replica(folder: Path, model: str) -> dict[str, float]:
     """The service and its worker at rest, and the API's processor time for a question, on a small index."""
-    samples = sorted((Path(__file__).parent.parent / "samples" / "audio").glob("*.opus"))[:5]
+    samples = sorted((Path(__file__).parent.parent / "app" / "samples" / "audio").glob("*.opus"))[:5]
     with RunningService(folder, model=model) as service:
         service.start()
         for path in samples:

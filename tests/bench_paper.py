@@ -95,7 +95,7 @@ def make_checkpoints(models_dir: Path, *, small: bool) -> None:
 def clips(count: int) -> list[Segment]:
     """The bundled samples, cut to one length, over and over."""
     found: list[Segment] = []
-    for path in sorted((ROOT / "samples" / "audio").glob("*.opus")):
+    for path in sorted((ROOT / "app" / "samples" / "audio").glob("*.opus")):
         for segment in recording_segments(PICTURE_RATE, path, max_duration_s=600):
             if segment.end_s - segment.start_s >= CLIP_S:
                 assert segment.pictured is not None

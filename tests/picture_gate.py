@@ -41,9 +41,9 @@ def main() -> int:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
 
-    folder = Path(os.environ.get("CLASP_SPEECH_DEV", ROOT / "samples"))
+    folder = Path(os.environ.get("CLASP_SPEECH_DEV", ROOT / "app" / "samples"))
     recordings = speech(folder, wanted)
-    some_speech = load(ROOT / "samples" / "audio" / "en-bees.opus")
+    some_speech = load(ROOT / "app" / "samples" / "audio" / "en-bees.opus")
     waveforms: dict[str, Callable[[], NDArray[np.float32]]] = {
         name: lambda path=path: load(path) for name, path in recordings.items()
     } | {

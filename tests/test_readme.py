@@ -64,13 +64,13 @@ def test_the_curl_commands_upload_and_find(tmp_path: Path) -> None:
 
 def test_the_commands_of_the_command_line_run(tmp_path: Path) -> None:
     """In the order of the README, on one data directory; with five of the samples, for time."""
-    few = tmp_path / "samples"
+    few = tmp_path / "app" / "samples"
     (few / "audio").mkdir(parents=True)
-    lines = (ROOT / "samples" / "manifest.jsonl").read_text().splitlines(keepends=True)[:5]
+    lines = (ROOT / "app" / "samples" / "manifest.jsonl").read_text().splitlines(keepends=True)[:5]
     (few / "manifest.jsonl").write_text("".join(lines))
     for line in lines:
         name = json.loads(line)["audio"]
-        shutil.copy(ROOT / "samples" / name, few / name)
+        shutil.copy(ROOT / "app" / "samples" / name, few / name)
     environment = os.environ | {"CLASP_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
     for command in CLASP:
         here = command.replace(".venv/bin/clasp", f"{sys.executable} -m app.cli")
@@ -83,7 +83,7 @@ def test_the_commands_of_the_command_line_run(tmp_path: Path) -> None:
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
     """The engine is usable without the service, and says so with code."""
-    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    (tmp_path / "app").symlink_to(ROOT / "app")
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

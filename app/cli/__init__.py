@@ -6,7 +6,7 @@ Exit status: 0 done; 1 it failed, with one clear line on standard error; 2 wrong
 import typer
 from pydantic import ValidationError
 
-from app.cli import capacity, datasets, evaluation, keys, library, models, training
+from app.cli import capacity, datasets, demo, evaluation, keys, library, models, training
 from app.cli.common import fail
 from clasp_core.errors import ClaspError
 
@@ -17,7 +17,7 @@ cli = typer.Typer(
     rich_markup_mode=None,
     help="Find what was said in recordings, in any language, without transcribing them.",
 )
-for part in (library, evaluation, training, capacity):
+for part in (library, demo, evaluation, training, capacity):
     cli.add_typer(part.cli)
 cli.add_typer(keys.cli, name="keys")
 cli.add_typer(models.cli, name="models")

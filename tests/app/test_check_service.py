@@ -1,4 +1,4 @@
-"""`samples/check_service.py`: the one script that is run against whatever a service is made of."""
+"""`deploy/check_service.py`: the one script that is run against whatever a service is made of."""
 
 import subprocess
 import sys
@@ -8,12 +8,12 @@ import pytest
 
 from tests.conftest import SAMPLES
 from tests.postgres import postgres_url
-from tests.service import RunningService
+from tests.service import ROOT, RunningService
 from tests.stack import Stack
 
 
 def checked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SAMPLES / "check_service.py"), *arguments]
+    command = [sys.executable, str(ROOT / "deploy" / "check_service.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 

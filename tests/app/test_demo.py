@@ -1,26 +1,14 @@
-"""`make demo`: a stranger's first minute with the project."""
+"""`clasp demo`, which `make demo` calls: a stranger's first minute with the project."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.conftest import SAMPLES, lines
-from tests.service import RunningService, environment
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", SAMPLES / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from app.samples import ask, lines
+from tests.service import ROOT, RunningService, environment
 
 
 def test_the_demo_finds_everything_and_leaves_nothing(tmp_path: Path) -> None:
@@ -28,8 +16,8 @@ def test_the_demo_finds_everything_and_leaves_nothing(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     done = subprocess.run(
-        [sys.executable, str(SAMPLES / "demo.py")],
-        env=environment(threads=1) | {"TMPDIR": str(temporary)},
+        [sys.executable, "-m", "app.cli", "demo"],
+        env=environment(threads=1) | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -46,8 +34,8 @@ def test_the_demo_finds_everything_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_demo_asks_in_many_languages() -> None:
     """At least five, Persian among them, and mostly other ones than the recordings': that is the point."""
-    spoken = {line["id"]: line["lang"] for line in lines(SAMPLES / "manifest.jsonl")}
-    questions = lines(SAMPLES / "questions.jsonl")
+    spoken = {line["id"]: line["lang"] for line in lines("manifest.jsonl")}
+    questions = lines("questions.jsonl")
     assert {question["expect"] for question in questions} <= spoken.keys()
     assert len({question["lang"] for question in questions}) >= 5
     assert "fa" in {question["lang"] for question in questions}
@@ -65,10 +53,10 @@ def test_the_demo_asks_in_many_languages() -> None:
     ],
 )
 def test_the_demo_notices_a_wrong_answer(
-    demo: ModuleType, service: RunningService, bees: bytes, change: dict[str, Any], right: bool
+    service: RunningService, bees: bytes, change: dict[str, Any], right: bool
 ) -> None:
     """A demo that is always content proves nothing: another recording, or the wrong minute, is BAD."""
     service.upload(bees, id="demo-bees", collection="demo").raise_for_status()
     service.settled("demo-bees")
     question = {"q": "bees", "lang": "en", "expect": "demo-bees"} | change
-    assert demo.ask(service.client, question, "demo") is right
+    assert ask(service.client, question, "demo") is right

@@ -235,4 +235,7 @@ def test_models_that_do_not_exist_are_named(tmp_path: Path) -> None:
 def test_samples_are_16_khz_after_reading() -> None:
     """Guards the helper the golden values stand on."""
     assert sample().dtype == np.float32
-    assert soundfile.info(GOLDEN.parent.parent / "samples" / "audio" / "en-bees.opus").samplerate == 24000
+    assert (
+        soundfile.info(GOLDEN.parent.parent / "app" / "samples" / "audio" / "en-bees.opus").samplerate
+        == 24000
+    )

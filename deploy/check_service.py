@@ -1,11 +1,12 @@
 """Whether a service does what it should, from upload to deletion, whatever it is made of.
 
-    python samples/check_service.py --url https://clasp.example.org --key KEY --cacert ca.pem
+    python deploy/check_service.py --url https://clasp.example.org --key KEY --cacert ca.pem
 
 Uploads three of the sample recordings into a collection of its own, asks about them in several languages, by
 sound and with filters, changes one, deletes them, and sees that they are gone. Prints a line for each step;
 the exit status is 0 only if all is as it should be. The key needs the scopes `read` and `write`; one for
-some collections only needs `--collection` with one of them, which must be empty. Needs Python 3.11 and httpx.
+some collections only needs `--collection` with one of them, which must be empty. Needs Python 3.11, httpx,
+and the checkout that it lies in.
 """
 
 import argparse
@@ -14,11 +15,16 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
-from demo import SAMPLES, ask, index, lines
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from app.samples import SAMPLES, ask, index, lines
+from clasp_core.errors import ClaspError
 
 RECORDINGS = ("en-lost-dog", "fr-museum", "it-wedding")
 
@@ -36,7 +42,7 @@ def main() -> int:
     with httpx.Client(base_url=options.url, headers=headers, verify=context, timeout=90) as client:
         try:
             check(client, collection)
-        except (httpx.HTTPError, AssertionError, SystemExit) as error:
+        except (httpx.HTTPError, AssertionError, ClaspError) as error:
             print(f"BAD {type(error).__name__}: {error}")
             return 1
     print("\nEverything is as it should be.")
@@ -44,7 +50,7 @@ def main() -> int:
 
 
 def check(client: httpx.Client, collection: str) -> None:
-    """All of it. Raises AssertionError, httpx.HTTPError or SystemExit; leaves the collection empty."""
+    """All of it. Raises AssertionError, httpx.HTTPError or ClaspError; leaves the collection empty."""
     recordings = [line for line in lines("manifest.jsonl") if line["id"] in RECORDINGS]
     questions = [line for line in lines("questions.jsonl") if line["expect"] in RECORDINGS]
     here = {"collection": collection}
