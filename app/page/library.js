@@ -1,14 +1,14 @@
 // The view of what is there: newest first, filtered, a page at a time; and its collections.
 
 import { go, here, to } from "./address.js";
-import { announce, icon, make, show } from "./dom.js";
+import { announce, make, show } from "./dom.js";
 import { playButton, recordAddress, unplayable } from "./hit.js";
 import { adders } from "./adding.js";
 import { choose, trouble } from "./parts.js";
 import { offer } from "./samples.js";
 import { ask, service } from "./service.js";
 import { may, session } from "./session.js";
-import { clock, LANGUAGES, languageName, length, number, say, titleOf, told, when } from "./words.js";
+import { clock, LANGUAGES, languageName, length, say, titleOf, told, when } from "./words.js";
 
 const PAGE = 50;
 const STATUSES = ["ready", "pending", "processing", "failed"];

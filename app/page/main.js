@@ -1,6 +1,6 @@
 // What belongs together: views and addresses, the header, and news that concern more than one of them.
 
-import { changed, go, here, onChange, to } from "./address.js";
+import { changed, here, onChange, to } from "./address.js";
 import { offerCollections, openAdding } from "./adding.js";
 import { announce, icon } from "./dom.js";
 import { openHelp } from "./keys.js";
@@ -26,8 +26,8 @@ for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon
 // --- views
 
 function showView() {
-  const { record, of, ...wanted } = here();
-  const key = JSON.stringify(wanted);
+  const wanted = here();
+  const key = to({ ...wanted, record: "", of: "" });
   if (key !== view) {
     player.stop();
     const library = wanted.view === "library";

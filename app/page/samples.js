@@ -24,7 +24,7 @@ export function offer() {
         uploads.add([new File([await answer.blob()], name, { type: "audio/ogg" })], {
           lang: sample.lang,
           id: () => sample.id,
-          metadata: () => ({ title: sample.id, said: sample.text }),
+          metadata: () => ({ title: titled(sample.id), said: sample.text }),
         });
       }
     } catch {
@@ -34,6 +34,12 @@ export function offer() {
   }
 
   return make("div", { class: "offer" }, make("p", { class: "quiet" }, say("empty.samples")), button, wrong);
+}
+
+/** What the id en-train-delay is about: Train delay. */
+function titled(id) {
+  const words = id.replace(/^[a-z]+-/, "").replaceAll("-", " ");
+  return words[0].toUpperCase() + words.slice(1);
 }
 
 /** Questions that the samples answer, one in each language; null where they are not in the library. */

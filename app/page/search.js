@@ -8,7 +8,7 @@ import { player } from "./player.js";
 import { chips, offer, questions } from "./samples.js";
 import { ask, service } from "./service.js";
 import { may, session } from "./session.js";
-import { cosine, LANGUAGES, languageName, number, say, titleOf, told } from "./words.js";
+import { LANGUAGES, languageName, say, titleOf, told } from "./words.js";
 import { choose, trouble } from "./parts.js";
 import { adders } from "./adding.js";
 

@@ -61,7 +61,7 @@ export async function ask(method, path, { parameters = {}, body, headers = {}, s
     }
     found();
     if (answer.ok) {
-      const isJson = /json$/.test((answer.headers.get("Content-Type") ?? "").split(";")[0]);
+      const isJson = (answer.headers.get("Content-Type") ?? "").split(";")[0].endsWith("json");
       return { data: isJson ? await answer.json() : null, headers: answer.headers };
     }
     const problem = Problem.of(answer.status, await answer.text(), answer.headers.get("Retry-After"));

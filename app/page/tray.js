@@ -17,6 +17,8 @@ const clear = tray.querySelector(".clear");
 const rows = new WeakMap();
 let drawing = null;
 let last = "";
+const details = tray.querySelector("details");
+const moving = { settled: true };
 
 uploads.addEventListener("change", () => (drawing ??= requestAnimationFrame(draw)));
 onSpeak(draw);
@@ -55,6 +57,10 @@ function draw() {
   const told = `${done}/${failed}/${interrupted}`;
   if (settled && told !== last) announce(`${say("uploads.title")}: ${summary.textContent}`);
   if (settled) last = told;
+  // done without a fault: out of the way, until there is more
+  if (settled && !moving.settled && !failed && !interrupted) details.open = false;
+  if (!settled && moving.settled) details.open = true;
+  moving.settled = settled;
 }
 
 /** How much of its way an upload has behind it, from 0 to 1. */
