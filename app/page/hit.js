@@ -48,7 +48,8 @@ export function playButton(recording, from, until, { small = false } = {}) {
   });
   states.set(button, () => {
     const playing = player.has(recording) && player.playing;
-    const words = playing ? say("hit.pause") : say("hit.play", { at: clock(from) });
+    const words = playing ? say("hit.pause")
+      : until === null ? say("hit.play") : say("hit.play.passage", { passage: passage({ start_s: from, end_s: until }) });
     if (button.dataset.playing === String(playing)) return;
     button.dataset.playing = playing;
     if (small) button.setAttribute("aria-label", `${words}: ${titleOf(recording)}`);
@@ -85,8 +86,7 @@ function facts(hit) {
   return make("ul", { class: "facts" },
     hit.lang && make("li", {}, languageName(hit.lang)),
     hit.duration_s !== null && make("li", {}, clock(hit.duration_s)),
-    make("li", { dir: "auto" }, hit.collection),
-    make("li", {}, passage(hit.segments[0])),
+    make("li", {}, make("bdi", {}, hit.collection)),
     hit.segments.length > 1 && make("li", {}, say("hit.passages", { n: hit.segments.length })));
 }
 
@@ -107,7 +107,7 @@ function score(hit) {
   const figure = cosine(hit.score);
   const summary = make("summary", {}, say(`score.${level}`, { cosine: figure }), known && make("span", { class: "percent" }, percent(hit.confidence)));
   const means = known
-    ? [make("p", {}, say("score.means", { n: Math.round(100 * hit.confidence) })), make("p", {}, say("score.cosine", { cosine: figure }))]
+    ? [make("p", {}, say("score.means", { share: percent(hit.confidence) })), make("p", {}, say("score.cosine", { cosine: figure }))]
     : [make("p", {}, say("score.unmeasured"))];
   const details = make("details", { class: `score ${level}` }, summary, make("div", { class: "means" }, means));
   details.addEventListener("keydown", (event) => {

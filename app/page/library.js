@@ -136,7 +136,7 @@ function row(record) {
       playButton(record, 0, null, { small: true }),
       make("div", { class: "what" },
         make("h3", { id: name, dir: "auto" }, make("a", { class: "open", href: recordAddress(record), "data-here": true }, titleOf(record))),
-        make("ul", { class: "facts" }, facts.map((fact) => make("li", {}, fact)), make("li", { dir: "auto" }, record.collection)),
+        make("ul", { class: "facts" }, facts.map((fact) => make("li", {}, fact)), make("li", {}, make("bdi", {}, record.collection))),
         record.error && make("p", { class: "why", dir: "auto" }, record.error.detail),
         unplayable(record)),
       record.status !== "ready" && make("span", { class: `status ${record.status}` }, say(`status.${record.status}`)),

@@ -69,6 +69,7 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   const q = box.value.trim();
   sound = null;
+  if (matchMedia("(pointer: coarse)").matches) box.blur(); // its keyboard covers what was found
   go(q ? { q, ...asked() } : asked());
 });
 form.addEventListener("change", ({ target }) => {

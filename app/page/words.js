@@ -61,7 +61,8 @@ const EN = {
   "empty.samples.go": "Add the samples",
   "empty.samples.failed": "The samples could not be fetched.",
   "empty.reading": "There is nothing here that you may see yet.",
-  "hit.play": "Play from {at}",
+  "hit.play": "Play",
+  "hit.play.passage": "Play {passage}",
   "hit.pause": "Pause",
   "hit.around": "With {n} s before and after",
   "hit.like": "More like this",
@@ -77,7 +78,7 @@ const EN = {
   "score.poor": "Probably not",
   "score.unknown": "Cosine {cosine}",
   "score.means":
-    "Of a hundred best hits with this score, about {n} are right, by what was measured of this model where every second question has an answer in the library.",
+    "About {share} of best hits with this score are right, as measured of this model where every second question has an answer in the library.",
   "score.cosine": "Cosine of question and best passage: {cosine}",
   "score.unmeasured":
     "The cosine of the question and the best passage: 1 would be the very same, 0 nothing in common. No probability was measured for this kind of question.",
@@ -136,7 +137,7 @@ const EN = {
   "library.all": "All",
   "library.lang": "Language",
   "library.lang.any": "Any",
-  "library.named": "Title",
+  "library.named": "Exact title",
   "library.named.why": "The whole title, letter for letter",
   "library.apply": "Filter",
   "library.more": "Older ones",
@@ -262,7 +263,8 @@ const FA = {
   "empty.samples.go": "افزودن نمونه‌ها",
   "empty.samples.failed": "نمونه‌ها دریافت نشدند.",
   "empty.reading": "هنوز چیزی نیست که اجازهٔ دیدنش را داشته باشید.",
-  "hit.play": "پخش از {at}",
+  "hit.play": "پخش",
+  "hit.play.passage": "پخش {passage}",
   "hit.pause": "مکث",
   "hit.around": "با {n} ثانیه پیش و پس",
   "hit.like": "مانند این",
@@ -278,7 +280,7 @@ const FA = {
   "score.poor": "احتمالاً نادرست",
   "score.unknown": "کسینوس {cosine}",
   "score.means":
-    "از صد نتیجهٔ نخست با این امتیاز، حدود {n} تا درست‌اند؛ بنا بر سنجش این مدل، وقتی پاسخ نیمی از پرسش‌ها در کتابخانه باشد.",
+    "حدود {share} از نتایج نخست با این امتیاز درست‌اند؛ بنا بر سنجش این مدل، وقتی پاسخ نیمی از پرسش‌ها در کتابخانه باشد.",
   "score.cosine": "کسینوس پرسش و بهترین بخش: {cosine}",
   "score.unmeasured":
     "کسینوس پرسش و بهترین بخش: ۱ یعنی عیناً همان، ۰ یعنی بی‌شباهت. برای این نوع پرسش احتمالی سنجیده نشده است.",
@@ -337,7 +339,7 @@ const FA = {
   "library.all": "همه",
   "library.lang": "زبان",
   "library.lang.any": "هر زبانی",
-  "library.named": "عنوان",
+  "library.named": "عنوان دقیق",
   "library.named.why": "کل عنوان، حرف به حرف",
   "library.apply": "اعمال",
   "library.more": "قدیمی‌ترها",
@@ -451,7 +453,8 @@ export function number(value, options = {}) {
 }
 
 export function percent(share) {
-  return number(share, { style: "percent", maximumFractionDigits: 0 });
+  const least = share > 0 && share < 0.01 ? "< " : "";
+  return least + number(least ? 0.01 : share, { style: "percent", maximumFractionDigits: 0 });
 }
 
 export function cosine(value) {
