@@ -23,7 +23,7 @@ export function hitCard(hit) {
   return make("li", {},
     make("article", { class: "card hit", "data-row": true, tabindex: "-1", "aria-labelledby": name },
       make("header", {},
-        make("h3", { id: name, dir: "auto" }, make("a", { class: "open", href: recordAddress(hit), "data-here": true }, title)),
+        make("h2", { id: name, dir: "auto" }, make("a", { class: "open", href: recordAddress(hit), "data-here": true }, title)),
         score(hit)),
       facts(hit),
       waveform(hit, hit.segments, (from, until) => player.play(hit, from, player.playsOn ? null : until)),

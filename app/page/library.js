@@ -135,7 +135,7 @@ function row(record) {
     make("article", { class: "row", "data-row": true, tabindex: "-1", "aria-labelledby": name },
       playButton(record, 0, null, { small: true }),
       make("div", { class: "what" },
-        make("h3", { id: name, dir: "auto" }, make("a", { class: "open", href: recordAddress(record), "data-here": true }, titleOf(record))),
+        make("h2", { id: name, dir: "auto" }, make("a", { class: "open", href: recordAddress(record), "data-here": true }, titleOf(record))),
         make("ul", { class: "facts" }, facts.map((fact) => make("li", {}, fact)), make("li", {}, make("bdi", {}, record.collection))),
         record.error && make("p", { class: "why", dir: "auto" }, record.error.detail),
         unplayable(record)),

@@ -72,6 +72,7 @@ onChange(showView);
 onSpeak(again);
 service.addEventListener("session", async () => {
   header.querySelector(".add").hidden = !may("write");
+  header.querySelector(".key").hidden = session.anonymous;
   header.querySelector(".key").classList.toggle("on", Boolean(session.name));
   await count().catch(() => {});
   again();
