@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from app.telemetry import Metrics, request_id
 from clasp_core.errors import IndexUnavailable, NotReady
-from clasp_core.ingest import embed_recording, mean_vector
-from clasp_core.library import Hit, Library, Question
+from clasp_core.ingest import embed_recording
+from clasp_core.library import Hit, Library, Question, mean_vector
 from clasp_core.models import Model, SpeechEncoder
 from clasp_core.tracing import record
 from clasp_core.types import Seconds

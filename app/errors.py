@@ -35,6 +35,8 @@ STATUS_OF: dict[str, int] = {
     "non_finite_audio": 422,
     "audio_too_long": 413,
     "recording_not_found": 404,
+    "recording_not_ready": 409,
+    "no_waveform": 404,
     "id_conflict": 409,
     "ambiguous_id": 409,
     "idempotency_mismatch": 422,

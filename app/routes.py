@@ -41,6 +41,8 @@ from app.schemas import (
     GROUP_BY,
     MAX_QUERY_CHARACTERS,
     MIN_SCORE,
+    CollectionBody,
+    CollectionList,
     DeletionAnswer,
     DeletionBody,
     FilterBody,
@@ -403,14 +405,30 @@ def delete_recording(
     return Response(status_code=204)
 
 
+@api.get("/collections", summary="Collections, and what is in them")
+def list_collections(service: ServiceHere, grant: Reader) -> CollectionList:
+    found = service.library.catalog.collections(within=grant.collections)
+    return CollectionList(items=[CollectionBody(**one._asdict()) for one in found])
+
+
 # --- search
 
 
-@api.get("/search", summary="Find recordings by a question in any language")
+@api.get("/search", summary="Find recordings by a question in any language, or by a recording")
 async def search(
     service: ServiceHere,
     grant: Reader,
-    q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)],
+    q: Annotated[
+        str | None,
+        Query(max_length=MAX_QUERY_CHARACTERS, description="The question; either this or `like` is needed."),
+    ] = None,
+    like: Annotated[str | None, Query(max_length=128, description=schemas.LIKE), _EMPTY_IS_ABSENT] = None,
+    at_s: Annotated[
+        float | None, Query(ge=0, allow_inf_nan=False, description=schemas.AT_S), _EMPTY_IS_ABSENT
+    ] = None,
+    like_collection: Annotated[
+        str | None, Query(description=schemas.LIKE_COLLECTION), _EMPTY_IS_ABSENT
+    ] = None,
     lang: Annotated[
         str | None, Query(description="BCP 47 tag of the question: a hint, never a filter.")
     ] = None,
@@ -419,10 +437,18 @@ async def search(
     min_score: OptionalScore = None,
     group_by: GroupBy = "recording",
 ) -> SearchAnswer:
-    body = SearchBody(
-        q=q, lang=lang, limit=limit, collection=collection, min_score=min_score, group_by=group_by
-    )
-    return await _answer(service, grant, body)
+    given = {
+        "q": q,
+        "like": like,
+        "at_s": at_s,
+        "like_collection": like_collection,
+        "lang": lang,
+        "limit": limit,
+        "collection": collection,
+        "min_score": min_score,
+        "group_by": group_by,
+    }
+    return await _answer(service, grant, _validated(SearchBody, given, "query"))
 
 
 @api.post("/search", summary="One question with filters, or several questions")
@@ -480,19 +506,42 @@ async def _answer_to_recording(
 
 async def _answer(service: Service, grant: Grant, body: SearchBody) -> SearchAnswer:
     started = time.perf_counter()
-    if service.settings.log_questions:
+    if service.settings.log_questions and body.q is not None:
         _log.info("question", q=body.q, lang=body.lang)
-    lang, normalized = _normalized(body)
     among = schemas.filter_of(body.filter, visible(grant, body.collection))
     question = Question(body.limit, among, _number(body.min_score), body.group_by)
-    answer = await service.answerer.ask(normalized, question)
-    echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
+    if body.like is not None:
+        echo = QueryEcho(text=None, lang=None, normalized=None)
+        answer = await _answer_to_like(
+            service, body.like, body.at_s, visible(grant, body.like_collection), question
+        )
+    else:
+        lang, normalized = _normalized(body.q or "", body.lang)
+        echo = QueryEcho(text=body.q, lang=lang, normalized=normalized)
+        answer = await service.answerer.ask(normalized, question)
     return SearchAnswer.of(echo, answer, time.perf_counter() - started, body.min_score)
 
 
-def _normalized(body: SearchBody) -> tuple[str | None, str]:
-    lang = canonical_tag(body.lang)
-    normalized = normalize_text(body.q, lang)
+async def _answer_to_like(
+    service: Service,
+    recording_id: str,
+    at_s: Seconds | None,
+    within: frozenset[str] | None,
+    question: Question,
+) -> Answer:
+    """Looks its vector up again where the library was switched to another model in the middle."""
+    while True:
+        engine = service.answerer.engine
+        recording, vector = await run_in_threadpool(
+            engine.library.direction, recording_id, at_s=at_s, within=within
+        )
+        with contextlib.suppress(EngineChanged):
+            return await service.answerer.ask(vector, replace(question, besides=recording), made_by=engine)
+
+
+def _normalized(text: str, lang: str | None) -> tuple[str | None, str]:
+    lang = canonical_tag(lang)
+    normalized = normalize_text(text, lang)
     if not normalized:
         raise EmptyQuery("The question is empty.")
     return lang, normalized
@@ -587,10 +636,16 @@ def _parsed(model: type[Parsed], text: str | bytes, *place: str) -> Parsed:
     """JSON as one of our bodies; errors are told as FastAPI tells its own, with their place in the
     request."""
     try:
-        return model.model_validate(orjson.loads(text))
+        given = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         kind = "json_invalid" if place == ("body",) else "json_type"
         raise RequestValidationError([{"type": kind, "loc": place, "msg": f"Not JSON: {error}"}]) from None
+    return _validated(model, given, *place)
+
+
+def _validated(model: type[Parsed], given: object, *place: str) -> Parsed:
+    try:
+        return model.model_validate(given)
     except ValidationError as error:
         found = [dict(item) | {"loc": (*place, *item["loc"])} for item in error.errors()]
         raise RequestValidationError(found) from None

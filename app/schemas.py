@@ -16,6 +16,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
+    model_validator,
     with_config,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -336,12 +337,31 @@ MIN_SCORE = (
 GROUP_BY = "What a hit is, and what `limit` counts: a recording with its best segments, or one segment."
 
 
+LIKE = "The id of a recording to search by, in place of `q`: what is said in others that is like it."
+AT_S = (
+    "With `like`, a time in that recording, in seconds: what is like the segment there, or the nearest to it,"
+    " and not like the whole."
+)
+LIKE_COLLECTION = "Where `like` is, needed where several collections that you see have this id."
+_NULL = {"type": "null"}
+_ONE_OF: list[Any] = [
+    {
+        "required": ["q"],
+        "properties": {"q": {"type": "string"}, "like": _NULL, "at_s": _NULL, "like_collection": _NULL},
+    },
+    {"required": ["like"], "properties": {"like": {"type": "string"}, "q": _NULL}},
+]
+
+
 class SearchBody(BaseModel):
-    """One question."""
+    """One question: in words (`q`), or by a recording that is there (`like`), which is no hit itself."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"oneOf": _ONE_OF})
 
-    q: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
+    q: Annotated[str | None, Field(max_length=MAX_QUERY_CHARACTERS)] = None
+    like: Annotated[str | None, Field(max_length=128, description=LIKE)] = None
+    at_s: Annotated[float | None, Field(ge=0, allow_inf_nan=False, description=AT_S)] = None
+    like_collection: Annotated[str | None, Field(description=LIKE_COLLECTION)] = None
     lang: Annotated[
         str | None,
         Field(description="BCP 47 tag of the question: a hint for normalising it, never a filter."),
@@ -351,6 +371,14 @@ class SearchBody(BaseModel):
     min_score: Annotated[MinScore | None, Field(description=MIN_SCORE)] = None
     group_by: Annotated[Grouping, Field(description=GROUP_BY)] = "recording"
     filter: FilterBody = FilterBody()
+
+    @model_validator(mode="after")
+    def _asks_one_thing(self) -> "SearchBody":
+        if (self.q is None) == (self.like is None):
+            raise PydanticCustomError("one_question", "Give either q or like")
+        if self.like is None and (self.at_s, self.like_collection) != (None, None):
+            raise PydanticCustomError("one_question", "at_s and like_collection say more of like")
+        return self
 
 
 class SearchesBody(BaseModel):
@@ -406,7 +434,9 @@ class SessionKey(BaseModel):
 
 
 class QueryEcho(BaseModel):
-    text: Annotated[str | None, Field(description="As asked; null where the query was a recording.")]
+    text: Annotated[
+        str | None, Field(description="As asked; null where the query was a recording (sent, or `like`).")
+    ]
     lang: str | None
     normalized: Annotated[str | None, Field(description="What was searched for.")]
 
@@ -450,7 +480,7 @@ class HitBody(BaseModel):
         Field(
             exclude_if=lambda confidence: confidence is None,
             description="Probability that a best hit with this score is right, where every second question"
-            " has an answer; absent where nobody measured it (and for questions by sound).",
+            " has an answer; absent where nobody measured it (and where the query was a recording).",
         ),
     ] = None
     segments: Annotated[list[SegmentBody], Field(description="The matching segments, best first.")]
@@ -522,6 +552,19 @@ class SearchAnswer(BaseModel):
             took_ms=Took(**{stage: round(1000 * seconds, 3) for stage, seconds in took.items()}),
             hits=hits,
         )
+
+
+class CollectionBody(BaseModel):
+    name: str
+    recordings: Annotated[int, Field(description="Of any status.")]
+    ready: int
+    failed: int
+    duration_s: Annotated[float, Field(description="Of what has been decoded.")]
+    segments: Annotated[int, Field(description="What can be found.")]
+
+
+class CollectionList(BaseModel):
+    items: Annotated[list[CollectionBody], Field(description="Those with a recording, by name.")]
 
 
 class SearchAnswers(BaseModel):

@@ -8,7 +8,7 @@
     print(mteb.evaluate(MtebEncoder(open_model("mini")), tasks))
 
 Texts are normalised, and recordings decoded and cut, as the service does both. MTEB wants one vector for
-each recording: it is the mean of the segments (`ingest.mean_vector`), where the service takes the best
+each recording: it is the mean of the segments (`library.mean_vector`), where the service takes the best
 one; for recordings up to 10 s, which are one segment, that is the same.
 """
 
@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from clasp_core.encoders.vision_imports import require_transformers
 from clasp_core.errors import EmptyQuery, ExtraMissing, InvalidLanguage
 from clasp_core.evaluation import MAX_CLIP_S
-from clasp_core.ingest import embed_recording, mean_vector
+from clasp_core.ingest import embed_recording
 from clasp_core.language import canonical_tag, normalize_text
+from clasp_core.library import mean_vector
 from clasp_core.models import Model, SpeechEncoder, TextEncoder
 from clasp_core.types import Embeddings
 

@@ -150,6 +150,18 @@ class Span(NamedTuple):
     transcript: str | None
 
 
+class CollectionSummary(NamedTuple):
+    """What is in a collection: recordings of any status, of which some are `ready` or `failed`; the length of
+    those that were decoded, in seconds; and how many segments of them can be found."""
+
+    name: str
+    recordings: int
+    ready: int
+    failed: int
+    duration_s: Seconds
+    segments: int
+
+
 class Place(NamedTuple):
     """Where a recording stands in a list, newest first. It says no more than the recording itself."""
 
@@ -431,6 +443,21 @@ class Catalog:
         query = sa.select(RECORDINGS.c.status, sa.func.count()).group_by(RECORDINGS.c.status)
         with self.database.reading() as db:
             return {status: count for status, count in db.execute(query)}
+
+    def collections(self, *, within: Set[str] | None = None) -> list[CollectionSummary]:
+        """All that have a recording, by name."""
+        column, count = RECORDINGS.c.collection, sa.func.count()
+        query = sa.select(
+            column,
+            count,
+            count.filter(RECORDINGS.c.status == "ready"),
+            count.filter(RECORDINGS.c.status == "failed"),
+            sa.func.coalesce(sa.func.sum(RECORDINGS.c.duration_s), 0.0),
+            sa.func.coalesce(sa.func.sum(RECORDINGS.c.segments), 0),
+        )
+        query = query.where(_inside(within)).group_by(column)
+        with self.database.reading() as db:
+            return sorted(CollectionSummary(*row) for row in db.execute(query))
 
     def failures(self) -> dict[str, int]:
         """Failed recordings by the code of their error."""
@@ -729,6 +756,19 @@ class Catalog:
                     query = query.where(condition)
                 for recording, ordinal, *values in db.execute(query):
                     yield (recording, ordinal), values
+
+    def embedded(self, key: int, *, model: str) -> list[EmbeddedSegment]:
+        """What a model made of a recording, in order, as far as it is there and whole."""
+        here = (SEGMENTS.c.recording == key) & (SEGMENTS.c.model == model)
+        with self.database.reading() as db:
+            ordinals = db.execute(sa.select(SEGMENTS.c.ordinal).where(here).order_by(SEGMENTS.c.ordinal))
+            named = [(key, ordinal) for ordinal in ordinals.scalars()]
+        spans, vectors = self.spans(named, model=model), self.vectors(named, model=model)
+        return [
+            EmbeddedSegment(spans[one].start_s, spans[one].end_s, vectors[one], spans[one].transcript)
+            for one in named
+            if one in spans and one in vectors
+        ]
 
     def matching(self, wanted: Filter) -> NDArray[np.int64]:
         """Keys of the ready recordings that pass a filter, ascending."""

@@ -14,6 +14,8 @@
     │       ├── NonFiniteAudio
     │       └── AudioTooLong
     ├── RecordingNotFound
+    ├── RecordingNotReady
+    ├── NoWaveform
     ├── IdConflict
     ├── AmbiguousId
     ├── IdempotencyMismatch
@@ -129,6 +131,18 @@ class RecordingNotFound(ClaspError):
     """No recording has this id."""
 
     code = "recording_not_found"
+
+
+class RecordingNotReady(ClaspError):
+    """A recording that cannot be searched by, since it has no vectors (yet)."""
+
+    code = "recording_not_ready"
+
+
+class NoWaveform(ClaspError):
+    """A recording without a waveform: not embedded yet, or not since there are such."""
+
+    code = "no_waveform"
 
 
 class IdConflict(ClaspError):

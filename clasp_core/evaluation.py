@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from clasp_core import metrics
 from clasp_core.catalog import EmbeddedSegment
 from clasp_core.errors import InvalidAudio, InvalidManifest
-from clasp_core.ingest import embed_recording, mean_vector
+from clasp_core.ingest import embed_recording
 from clasp_core.language import canonical_tag, match_key, normalize_text
+from clasp_core.library import mean_vector
 from clasp_core.manifest import ManifestItem, read_manifest
 from clasp_core.models import Model, TextEncoder
 from clasp_core.types import Embeddings, Seconds

@@ -20,7 +20,6 @@ from typing import BinaryIO, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clasp_core import sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
@@ -449,14 +448,6 @@ def warm_up(encoder: SpeechEncoder) -> None:
 
     pictured = None if encoder.picture_rate is None else [noise(encoder.picture_rate)]
     encoder.encode([noise(SAMPLING_RATE)], pictured)
-
-
-def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:
-    """One unit vector (dim,) for a whole recording: its segments' mean, weighted by their lengths."""
-    weights = np.array([segment.end_s - segment.start_s for segment in segments], np.float32)
-    mean = weights @ np.stack([segment.vector for segment in segments])
-    vector: NDArray[np.float32] = mean / np.linalg.norm(mean)
-    return vector
 
 
 class _Heartbeat:

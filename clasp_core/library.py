@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
-from clasp_core.catalog import Catalog, NewRecording, Once, Place, Recording, StoredModel
-from clasp_core.errors import DataDamaged, DataMismatch, InvalidField, StoreUnavailable
+from clasp_core.catalog import Catalog, EmbeddedSegment, NewRecording, Once, Place, Recording, StoredModel
+from clasp_core.errors import DataDamaged, DataMismatch, InvalidField, RecordingNotReady, StoreUnavailable
 from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.index import SNAPSHOT_FILE, Among, Grouping, Index, Match, Snapshot, VectorIndex
@@ -72,6 +74,15 @@ class Question:
     filter: Filter = EVERYTHING
     min_score: float | None = None
     group_by: Grouping = "recording"
+    besides: Recording | None = None
+    """One that is no hit: that which is searched by."""
+
+    @property
+    def depth(self) -> int:
+        """How many hits hold so many besides that one's."""
+        if self.besides is None:
+            return self.limit
+        return self.limit + (1 if self.group_by == "recording" else self.besides.segments or 0)
 
 
 SharedIndex: TypeAlias = Callable[[Catalog, str, int], Index]
@@ -323,13 +334,32 @@ class Library:
         for place, question in enumerate(questions):
             alike.setdefault((question.filter, question.group_by), []).append(place)
         for (wanted, group_by), places in alike.items():
-            limits = [questions[place].limit for place in places]
+            limits = [questions[place].depth for place in places]
             matches = index.search(
                 queries[places], limits, among=self._among(index, wanted), group_by=group_by
             )
             for place, found in zip(places, matches, strict=True):
                 results[place] = self._hits(found, questions[place])
         return results
+
+    def direction(
+        self, recording_id: str, *, at_s: Seconds | None = None, within: Set[str] | None = None
+    ) -> tuple[Recording, NDArray[np.float32]]:
+        """A recording and the unit vector (dim,) to search by for what is like it: that of its segment at
+        `at_s` (or of the nearest to that), else the mean of all.
+
+        Raises as `catalog.get` does, and RecordingNotReady where this model has no vectors of it.
+        """
+        recording = self.catalog.get(recording_id, within=within)
+        segments = self.catalog.embedded(recording.key, model=self.model)
+        if recording.status != "ready" or not segments:
+            raise RecordingNotReady(
+                f"The recording {recording_id!r} cannot be searched by: it is {recording.status}"
+                + (", but by another model." if recording.status == "ready" else ".")
+            )
+        if at_s is None:
+            return recording, mean_vector(segments)
+        return recording, min(segments, key=lambda one: max(one.start_s - at_s, at_s - one.end_s)).vector
 
     def _among(self, index: Index, wanted: Filter) -> Among | None:
         if wanted == EVERYTHING:
@@ -343,6 +373,7 @@ class Library:
             match
             for match in matches
             if match.recording in recordings
+            and (question.besides is None or match.recording != question.besides.key)
             and (question.min_score is None or match.score >= question.min_score)
         ]
         kept.sort(
@@ -513,6 +544,14 @@ class Library:
             point = index.point
             index.save(self._index_dir)
             self._saved = point
+
+
+def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:
+    """One unit vector (dim,) for a whole recording: its segments' mean, weighted by their lengths."""
+    weights = np.array([segment.end_s - segment.start_s for segment in segments], np.float32)
+    mean = weights @ np.stack([segment.vector for segment in segments])
+    vector: NDArray[np.float32] = mean / np.linalg.norm(mean)
+    return vector
 
 
 def open_catalog(data_dir: Path, database_url: str | None = None, store: AudioStore | None = None) -> Catalog:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clasp_core.errors import ExtraMissing, InvalidField
 from clasp_core.evaluation import Progress, embed_manifest
-from clasp_core.ingest import mean_vector
+from clasp_core.library import mean_vector
 from clasp_core.manifest import ManifestItem
 from clasp_core.models import Model
 from clasp_core.types import Embeddings

@@ -382,8 +382,9 @@ def embed(
     as_json: AsJson = True,
 ) -> None:
     from app.opening import open_configured_model
-    from clasp_core.ingest import embed_recording, mean_vector
+    from clasp_core.ingest import embed_recording
     from clasp_core.language import canonical_tag
+    from clasp_core.library import mean_vector
 
     if (text is None) == (audio is None):
         raise typer.BadParameter("give either --text or --audio")

@@ -17,6 +17,7 @@ CONTRACT = {
     "/audio/{id}/content": {"get"},
     "/search": {"get", "post"},
     "/search/audio": {"post"},
+    "/collections": {"get"},
     "/session": {"get", "post", "delete"},
     "/healthz": {"get"},
     "/readyz": {"get"},

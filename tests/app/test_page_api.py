@@ -3,14 +3,21 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from app.pages import MEDIA_TYPES, PAGE
+from clasp_core.access import Keys
+from clasp_core.library import open_catalog
+from clasp_core.limits import Rate
 from tests.app.test_errors import check_problem
-from tests.service import RunningService, clasp
+from tests.audio_files import encode, tone
+from tests.postgres import database_settings
+from tests.service import RunningService
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +91,10 @@ def test_what_is_uploaded_is_no_page_of_ours(service: RunningService) -> None:
 # --- sessions
 
 
-KEYS = {
-    "reader": ("--scope", "read"),
-    "tenant": ("--scope", "read,write", "--collection", "tenant"),
-    "slow": ("--scope", "read", "--rate", "3/minute"),
+KEYS: dict[str, tuple[Any, ...]] = {
+    "reader": (["read"],),
+    "tenant": (["read", "write"], ["tenant"]),
+    "operator": (["admin"],),
 }
 OURS = {"Sec-Fetch-Site": "same-origin"}
 
@@ -117,11 +124,12 @@ def test_other_sites_change_nothing_in_an_open_service(service: RunningService, 
 @pytest.fixture(scope="module")
 def keys(service: RunningService) -> dict[str, str]:
     """A key of each kind, by name. From here on the service is closed without one."""
-    texts = {}
-    for name, arguments in KEYS.items():
-        done = clasp("keys", "create", name, *arguments, "--json", cwd=service.data_dir)
-        texts[name] = json.loads(done.stdout)["key"]
-    return texts
+    data_dir = service.data_dir / "index_data"
+    with closing(open_catalog(data_dir, database_settings(data_dir).get("database_url"))) as catalog:
+        kept = Keys(catalog)
+        return {name: kept.create(name, *arguments)[1] for name, arguments in KEYS.items()} | {
+            "slow": kept.create("slow", ["read"], rate=Rate.parse("3/minute"))[1]
+        }
 
 
 @contextmanager
@@ -211,3 +219,87 @@ def test_a_session_gives_no_better_chance_to_guess(service: RunningService, keys
     check_problem(long, 413, "upload_too_large")
     form = service.client.post("/session", content=json.dumps({"key": keys["reader"]}), headers=OURS)
     check_problem(form, 422, "invalid_input")
+
+
+# --- what there is
+
+
+@pytest.fixture(scope="module")
+def tones(service: RunningService, keys: dict[str, str]) -> httpx.Client:
+    """A client with a key for everything; three recordings of tones for the tenant, and one for others.
+
+    `both` has ten seconds of a low tone, then ten of a high one, half as loud: two segments.
+    """
+    client = service.client
+    client.headers["X-API-Key"] = keys["operator"]
+    low, high = tone(4.0, frequency=500), tone(4.0, frequency=3000)
+    both = np.concatenate([tone(10.0, frequency=500), tone(10.0, frequency=3000) / 2])
+    files = {"low": low, "high": high, "both": both, "elsewhere": tone(4.0, frequency=510)}
+    for name, samples in files.items():
+        collection = "others" if name == "elsewhere" else "tenant"
+        service.ready(encode(samples, 16_000), id=name, collection=collection)
+    assert client.get("/audio/both").json()["segments"] == 2
+    return client
+
+
+def test_collections_are_listed_as_far_as_they_are_seen(
+    tones: httpx.Client, service: RunningService, keys: dict[str, str]
+) -> None:
+    """People choose from this list where to look and where to upload; a tenant's must not name others."""
+    found = {item["name"]: item for item in tones.get("/collections").json()["items"]}
+    tenants = found["tenant"]
+    assert list(found) == sorted(found)
+    assert found.keys() >= {"default", "others", "tenant"}
+    assert {name: tenants[name] for name in ("recordings", "ready", "failed", "segments")} == {
+        "recordings": 4,  # one is from a test of uploads, and no recording
+        "ready": 3,
+        "failed": 1,
+        "segments": 4,
+    }
+    assert tenants["duration_s"] == pytest.approx(28, abs=0.1)
+    seen = tones.get("/v1/collections", headers={"X-API-Key": keys["tenant"]}).json()["items"]
+    assert seen == [tenants]
+
+
+# --- search by a recording that is there
+
+
+def likes(client: httpx.Client, **body: Any) -> list[str]:
+    answer = client.post("/search", json=body)
+    assert answer.status_code == 200, answer.text
+    asked = client.get("/search", params={name: value for name, value in body.items() if name != "filter"})
+    assert asked.json()["hits"] == answer.json()["hits"] or "filter" in body
+    assert answer.json()["query"] == {"text": None, "lang": None, "normalized": None}
+    assert not any("confidence" in hit for hit in answer.json()["hits"])
+    return [hit["id"] for hit in answer.json()["hits"]]
+
+
+def test_what_is_like_a_moment_is_found(tones: httpx.Client) -> None:
+    """ "More like this" means the passage that somebody hears, not the whole recording; and never itself."""
+    assert likes(tones, like="both", at_s=2.0, limit=1, collection="tenant") == ["low"]
+    assert likes(tones, like="both", at_s=17.0, limit=1) == ["high"]
+    assert likes(tones, like="both", at_s=1e9, limit=1) == ["high"], "the nearest, behind the end"
+    assert set(likes(tones, like="both", limit=2, collection="tenant")) == {"low", "high"}
+    assert likes(tones, like="low", limit=1, filter={"id": {"in": ["low", "both"]}}) == ["both"]
+    assert likes(tones, like="low", collection="others") == ["elsewhere"]
+
+
+def test_its_own_segments_take_no_place_of_others(tones: httpx.Client) -> None:
+    """Who asks for two passages gets two, though the recording's own would be the best."""
+    answer = tones.get("/search", params={"like": "both", "at_s": 2, "group_by": "segment", "limit": 2})
+    assert [hit["id"] for hit in answer.json()["hits"]] == ["low", "elsewhere"]
+
+
+def test_who_may_not_see_a_recording_cannot_search_by_it(tones: httpx.Client, keys: dict[str, str]) -> None:
+    """Else its neighbours would tell what is in it."""
+    tenant = {"headers": {"X-API-Key": keys["tenant"]}}
+    theirs = tones.get("/search", params={"like": "elsewhere"}, **tenant)
+    unknown = tones.get("/search", params={"like": "nowhere"}, **tenant)
+    assert (
+        check_problem(theirs, 404, "recording_not_found")["detail"].replace("elsewhere", "nowhere")
+        == (check_problem(unknown, 404, "recording_not_found")["detail"])
+    )
+    where = {"like": "elsewhere", "like_collection": "others"}
+    check_problem(tones.get("/search", params=where, **tenant), 403, "forbidden")
+    assert tones.get("/search", params=where).status_code == 200
+    check_problem(tones.get("/search", params={"like": "html"}), 409, "recording_not_ready")

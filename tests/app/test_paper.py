@@ -22,7 +22,8 @@ from clasp_core import fusion
 from clasp_core.checkpoints import readable
 from clasp_core.errors import InvalidAudio, ModelUnavailable
 from clasp_core.hub import PUBLISHED
-from clasp_core.ingest import embed_recording, mean_vector
+from clasp_core.ingest import embed_recording
+from clasp_core.library import mean_vector
 from clasp_core.models import PaperModel, open_model
 from clasp_core.paper import PaperBackbone
 from clasp_core.systems import SYSTEMS

@@ -16,9 +16,9 @@ import pytest
 from clasp_core import ingest, sandbox
 from clasp_core.catalog import EmbeddedSegment, Recording
 from clasp_core.errors import DiskFull, InvalidAudio, NotReady, SilentAudio
-from clasp_core.ingest import Ingester, Timings, embed_recording, mean_vector
+from clasp_core.ingest import Ingester, Timings, embed_recording
 from clasp_core.leases import MAX_ATTEMPTS
-from clasp_core.library import Library, Question
+from clasp_core.library import Library, Question, mean_vector
 from clasp_core.models import SpeechEncoder, TextEncoder
 from clasp_core.types import Embeddings, Waveform
 from tests.audio_files import encode, hostile, speech, tone
