@@ -59,6 +59,7 @@ from app.schemas import (
     SessionBody,
     SessionKey,
     Status,
+    WaveformBody,
 )
 from app.service import Service
 from clasp_core.access import Grant
@@ -77,6 +78,7 @@ _log = structlog.get_logger()
 MAX_WAIT_S: Seconds = 60.0
 MAX_METADATA_BYTES = 32 * 1024
 MAX_METADATA_DEPTH = 32
+MAX_POINTS = 10_000
 
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -350,6 +352,39 @@ def get_content(
         raise DataDamaged(f"The bytes of recording {id!r} are damaged. Upload it again.")
     media_type = recording.media_type or "application/octet-stream"
     return _Content(stored, media_type, etag)
+
+
+@api.get(
+    "/audio/{id}/waveform",
+    response_model=WaveformBody,
+    responses={200: {"headers": _ETAG}, 304: {"description": "It is as `If-None-Match` says."}},
+    summary="What its waveform is drawn from",
+)
+def get_waveform(
+    service: ServiceHere,
+    grant: Reader,
+    id: str,
+    points: Annotated[int, Query(ge=1, le=MAX_POINTS, description="How many peaks at most.")] = 400,
+    start_s: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0,
+    end_s: Annotated[
+        float | None, Query(ge=0, allow_inf_nan=False, description="By default the end."), _EMPTY_IS_ABSENT
+    ] = None,
+    collection: Collection = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    if end_s is not None and end_s < start_s:
+        raise InvalidField("end_s is before start_s.")
+    recording, kept = service.library.catalog.waveform(id, within=visible(grant, collection))
+    length_s = recording.duration_s or 0.0
+    from_s, to_s, peaks = kept.between(start_s, length_s if end_s is None else min(end_s, length_s), points)
+    body = WaveformBody(
+        start_s=round(from_s, 3), end_s=round(min(to_s, length_s), 3), peaks=peaks.round(4).tolist()
+    )
+    content = body.model_dump_json()
+    headers = {"ETag": etag_of(content.encode()), "Cache-Control": "private, no-cache"}
+    if is_among(headers["ETag"], if_none_match or []):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type="application/json")
 
 
 class _Content(FileResponse):

@@ -554,6 +554,17 @@ class SearchAnswer(BaseModel):
         )
 
 
+class WaveformBody(BaseModel):
+    """How loud a span of a recording is: peaks of parts of equal length, in order."""
+
+    start_s: Annotated[float, Field(description="Where the first part begins: at or just before `start_s`.")]
+    end_s: Annotated[float, Field(description="Where the last part ends.")]
+    peaks: Annotated[
+        list[float],
+        Field(description="Largest magnitudes, 0 to 1. Fewer than `points` where no more were kept."),
+    ]
+
+
 class CollectionBody(BaseModel):
     name: str
     recordings: Annotated[int, Field(description="Of any status.")]

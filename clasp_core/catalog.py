@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
+from sqlalchemy.dialects import postgresql, sqlite
 
 from clasp_core.database import (
     CHANGES,
@@ -32,6 +33,7 @@ from clasp_core.database import (
     REINDEXING,
     SEGMENTS,
     TURNS,
+    WAVEFORMS,
     Database,
     exists,
     lock,
@@ -41,6 +43,7 @@ from clasp_core.errors import (
     DataMismatch,
     IdConflict,
     IdempotencyMismatch,
+    NoWaveform,
     ProcessingFailed,
     QueueFull,
     QuotaExceeded,
@@ -50,6 +53,7 @@ from clasp_core.faults import fault
 from clasp_core.filters import EVERYTHING, Filter
 from clasp_core.leases import Leases
 from clasp_core.limits import FREELY, Admission, Held
+from clasp_core.peaks import Peaks
 from clasp_core.types import Embeddings, Seconds
 
 T = TypeVar("T")
@@ -338,6 +342,16 @@ class Catalog:
         with self.database.reading() as db:
             return _only(db, recording_id, within)
 
+    def waveform(self, recording_id: str, *, within: Set[str] | None = None) -> tuple[Recording, Peaks]:
+        """A recording with its peaks. Raises as `get` does, and NoWaveform."""
+        with self.database.reading() as db:
+            recording = _only(db, recording_id, within)
+            query = sa.select(WAVEFORMS).where(WAVEFORMS.c.recording == recording.key)
+            row = db.execute(query).one_or_none()
+        if row is None:
+            raise NoWaveform(f"No waveform of the recording {recording_id!r} was kept.")
+        return recording, Peaks(row.step_s, np.frombuffer(row.levels, np.uint8))
+
     def by_key(self, keys: Sequence[int]) -> dict[int, Recording]:
         """Those of the recordings that (still) exist and are ready."""
         found: dict[int, Recording] = {}
@@ -615,9 +629,17 @@ class Catalog:
             Leases(REINDEXING, REINDEXING.c.recording, sa.true()).release(db, None, died=False)
 
     def complete(
-        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+        self,
+        key: int,
+        owner: str,
+        *,
+        duration_s: Seconds,
+        model: str,
+        segments: Sequence[EmbeddedSegment],
+        peaks: Peaks | None = None,
     ) -> bool:
-        """Store a recording's segments and make it ready, unless the lease was lost or it was deleted.
+        """Store a recording's segments and peaks and make it ready, unless the lease was lost or it was
+        deleted.
 
         Where `model` is not the active one the recording goes back to waiting, for a worker that has that.
         """
@@ -633,6 +655,7 @@ class Catalog:
             ):
                 return False
             store_vectors(db, key, model, segments)
+            store_peaks(db, key, peaks)
             note_change(db, [key])
             fault("catalog.completed")
             return True
@@ -825,8 +848,9 @@ def _remember(db: sa.Connection, once: Once, recording: Recording, created: bool
 
 
 def _delete(db: sa.Connection, keys: Sequence[int]) -> None:
-    for table, column in ((SEGMENTS, "recording"), (REINDEXING, "recording"), (RECORDINGS, "key")):
-        db.execute(sa.delete(table).where(table.c[column].in_(keys)))
+    for table in (SEGMENTS, REINDEXING, WAVEFORMS):
+        db.execute(sa.delete(table).where(table.c.recording.in_(keys)))
+    db.execute(sa.delete(RECORDINGS).where(RECORDINGS.c.key.in_(keys)))
     note_change(db, keys)
     fault("catalog.deleted")
 
@@ -849,6 +873,16 @@ def store_vectors(db: sa.Connection, key: int, model: str, segments: Sequence[Em
             for ordinal, segment in enumerate(segments)
         ]
         db.execute(sa.insert(SEGMENTS), rows)
+
+
+def store_peaks(db: sa.Connection, key: int, peaks: Peaks | None) -> None:
+    """Keep what a recording's waveform is drawn from, if it is given: by whatever model, it is the same."""
+    if peaks is not None:
+        row = {"recording": key, "step_s": peaks.step_s, "levels": peaks.levels.tobytes()}
+        insert = sqlite.insert if db.dialect.name == "sqlite" else postgresql.insert
+        made: Any = insert(WAVEFORMS).values(row)
+        # not deleted before: two re-indexes, to different models, may be here at once
+        db.execute(made.on_conflict_do_update(index_elements=["recording"], set_=row))
 
 
 def active_model(db: sa.Connection) -> StoredModel | None:

@@ -98,6 +98,13 @@ SEGMENTS = sa.Table(
     sa.Column("vector", sa.LargeBinary),
     sa.Column("transcript", _Text),
 )
+WAVEFORMS = sa.Table(
+    "waveforms",
+    TABLES,
+    sa.Column("recording", _key, primary_key=True),
+    sa.Column("step_s", sa.Float),
+    sa.Column("levels", sa.LargeBinary),
+)
 CHANGES = sa.Table(
     "changes",
     TABLES,

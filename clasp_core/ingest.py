@@ -37,6 +37,7 @@ from clasp_core.errors import (
 from clasp_core.faults import fault
 from clasp_core.library import Library
 from clasp_core.models import Heard, SpeechEncoder, TranscribingEncoder
+from clasp_core.peaks import PeakMeter, Peaks
 from clasp_core.segmenting import SegmentConfig, split, with_pictured
 from clasp_core.tracing import record, span
 from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
@@ -82,6 +83,7 @@ class _Job:
 
     recording: Recording
     segments: list[EmbeddedSegment] = field(default_factory=list)
+    peaks: PeakMeter = field(default_factory=PeakMeter)
     samples: int = 0
     error: ClaspError | None = None
 
@@ -96,7 +98,14 @@ class Queue(Protocol):
     def release(self, owner: str, *, died: bool = False) -> None: ...
     def fail(self, key: int, owner: str, *, code: str, detail: str) -> bool: ...
     def complete(
-        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+        self,
+        key: int,
+        owner: str,
+        *,
+        duration_s: Seconds,
+        model: str,
+        segments: Sequence[EmbeddedSegment],
+        peaks: Peaks | None = None,
     ) -> bool: ...
 
 
@@ -249,6 +258,7 @@ class Ingester:
             for block in _timed(made, decoded):
                 if sampling_rate == SAMPLING_RATE:
                     job.samples += len(block)
+                    job.peaks.add(block)
                 yield block
 
         try:
@@ -286,7 +296,12 @@ class Ingester:
         duration_s = job.samples / SAMPLING_RATE
         done = self._written(
             lambda: self._queue.complete(
-                key, self.owner, duration_s=duration_s, model=self._library.model, segments=job.segments
+                key,
+                self.owner,
+                duration_s=duration_s,
+                model=self._library.model,
+                segments=job.segments,
+                peaks=job.peaks.peaks(),
             )
         )
         fault("ingest.committed")

@@ -29,6 +29,7 @@ from clasp_core.catalog import (
     note_change,
     put_model,
     retire_others,
+    store_peaks,
     store_vectors,
 )
 from clasp_core.database import MODELS, RECORDINGS, REINDEXING, exists, lock
@@ -38,6 +39,7 @@ from clasp_core.ingest import Ingester
 from clasp_core.leases import Leases
 from clasp_core.library import Library
 from clasp_core.models import SpeechEncoder
+from clasp_core.peaks import Peaks
 from clasp_core.segmenting import SegmentConfig
 from clasp_core.types import Seconds
 
@@ -108,9 +110,17 @@ class Reindexing:
             self._jobs.release(db, owner, died)
 
     def complete(
-        self, key: int, owner: str, *, duration_s: Seconds, model: str, segments: Sequence[EmbeddedSegment]
+        self,
+        key: int,
+        owner: str,
+        *,
+        duration_s: Seconds,
+        model: str,
+        segments: Sequence[EmbeddedSegment],
+        peaks: Peaks | None = None,
     ) -> bool:
-        """Store a recording's segments by this model; searches see them from the switch on."""
+        """Store a recording's segments by this model; searches see them from the switch on. Its peaks are
+        there at once."""
         assert model == self.model.fingerprint
         with self._database.writing() as db:
             lock(db, MODEL_LOCK, shared=True)
@@ -121,6 +131,7 @@ class Reindexing:
             ):
                 return False
             store_vectors(db, key, model, segments)
+            store_peaks(db, key, peaks)
             note_change(db, [key], model)
             fault("reindex.completed")
         self.completed += 1

@@ -173,6 +173,8 @@ READS = [
     ("GET", "/audio/none"),
     ("GET", "/audio/none/content"),
     ("HEAD", "/audio/none/content"),
+    ("GET", "/audio/none/waveform"),
+    ("GET", "/collections"),
     ("GET", "/search?q=a"),
     ("POST", "/search"),
     ("POST", "/search/audio"),
@@ -245,7 +247,8 @@ def test_a_limited_key_sees_only_its_collections(keyed: Keyed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "suffix"), [("GET", ""), ("GET", "/content"), ("PATCH", ""), ("DELETE", "")]
+    ("method", "suffix"),
+    [("GET", ""), ("GET", "/content"), ("GET", "/waveform"), ("PATCH", ""), ("DELETE", "")],
 )
 def test_another_s_recording_is_not_there(keyed: Keyed, method: str, suffix: str) -> None:
     """Not "forbidden": that would say that the id is in use. Every byte is as for an id that nobody has."""

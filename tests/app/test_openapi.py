@@ -15,6 +15,7 @@ CONTRACT = {
     "/audio/delete": {"post"},
     "/audio/{id}": {"get", "patch", "delete"},
     "/audio/{id}/content": {"get"},
+    "/audio/{id}/waveform": {"get"},
     "/search": {"get", "post"},
     "/search/audio": {"post"},
     "/collections": {"get"},

@@ -17,7 +17,7 @@ from clasp_core.limits import Rate
 from tests.app.test_errors import check_problem
 from tests.audio_files import encode, tone
 from tests.postgres import database_settings
-from tests.service import RunningService
+from tests.service import RunningService, sql
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +303,32 @@ def test_who_may_not_see_a_recording_cannot_search_by_it(tones: httpx.Client, ke
     check_problem(tones.get("/search", params=where, **tenant), 403, "forbidden")
     assert tones.get("/search", params=where).status_code == 200
     check_problem(tones.get("/search", params={"like": "html"}), 409, "recording_not_ready")
+
+
+# --- waveforms
+
+
+def test_a_waveform_shows_where_what_is_loud(tones: httpx.Client) -> None:
+    """People click where it is loud: a drawing that is off by seconds misleads them."""
+    answer = tones.get("/audio/both/waveform")
+    said = answer.raise_for_status().json()
+    assert (said["start_s"], said["end_s"], len(said["peaks"])) == (0, pytest.approx(20, abs=0.1), 400)
+    assert said["peaks"][5:195] == pytest.approx([0.5] * 190, abs=0.01)
+    assert said["peaks"][205:395] == pytest.approx([0.25] * 190, abs=0.01)
+    near = tones.get("/audio/both/waveform", params={"start_s": 9.01, "end_s": 11, "points": 1000}).json()
+    assert (near["start_s"], near["end_s"], len(near["peaks"])) == (9.0, 11.0, 40)
+    assert np.diff(near["peaks"]).argmin() in (18, 19, 20)
+    (one,) = tones.get("/audio/both/waveform", params={"points": 1}).json()["peaks"]
+    assert one == max(said["peaks"])
+    behind = tones.get("/audio/both/waveform", params={"start_s": 100}).json()
+    assert behind["peaks"] == []
+    check_problem(tones.get("/audio/both/waveform", params={"start_s": 2, "end_s": 1}), 422, "invalid_field")
+    again = tones.get("/audio/both/waveform", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (304, "private, no-cache")
+
+
+def test_where_there_is_no_waveform_it_says_so(tones: httpx.Client, service: RunningService) -> None:
+    """What an older version indexed has none, and is found and played all the same."""
+    check_problem(tones.get("/audio/html/waveform"), 404, "no_waveform")
+    sql(service.data_dir / "index_data", "DELETE FROM waveforms")
+    check_problem(tones.get("/audio/low/waveform"), 404, "no_waveform")

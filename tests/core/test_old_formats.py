@@ -10,10 +10,11 @@ import pytest
 import sqlalchemy as sa
 
 from clasp_core.database import create_engine
+from clasp_core.errors import NoWaveform
 from clasp_core.library import Library, Question
 from clasp_core.store import FolderStore
 from tests.core.doubles import DIM, MODEL, random_vectors, segments_of, upload
-from tests.old_formats.make import FAILED, FOLDER, READY, WAITING, config, revisions
+from tests.old_formats.make import FAILED, FOLDER, READY, WAITING, config, revisions, waveform
 from tests.postgres import postgres_url
 
 FORMATS = sorted(FOLDER.glob("*.sql"))
@@ -59,6 +60,11 @@ def test_what_an_earlier_version_wrote_is_read(written: Path, kind: str, tmp_pat
                 assert (best.recording.id, len(others)) == (name, 2)
                 assert best.score == pytest.approx(1)
                 assert (best.segments[0].start_s, best.segments[0].end_s) == (1.0, 2.0)
+                if written.stem >= "0008":
+                    assert library.catalog.waveform(name)[1].levels.tobytes() == waveform(key)
+                else:
+                    with pytest.raises(NoWaveform):
+                        library.catalog.waveform(name)
                 with library.store.open(recording.sha256) as file:
                     assert file.read() == name.encode()
     with closing(Library(tmp_path, model=MODEL, dim=DIM, name="spectral", database_url=url)) as library:

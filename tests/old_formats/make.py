@@ -36,6 +36,11 @@ def revisions() -> list[str]:
     return [script.revision for script in scripts.walk_revisions()][::-1]
 
 
+def waveform(key: int) -> bytes:
+    """What is kept of two seconds of sound."""
+    return bytes(range(key, key + 40))
+
+
 def dump(revision: str) -> str:
     """The SQL of a small library at that revision: three ready recordings, one waiting, one failed, and the
     traces of one that was deleted."""
@@ -48,6 +53,7 @@ def dump(revision: str) -> str:
             alembic.command.upgrade(migrating, revision)
         engine.dispose()
         with closing(sqlite3.connect(path)) as raw:
+            tables = {row[0] for row in raw.execute("SELECT name FROM sqlite_master")}
             columns = {row[1] for row in raw.execute("PRAGMA table_info(segments)")}
             if "model" in columns:
                 raw.execute(
@@ -88,6 +94,11 @@ def dump(revision: str) -> str:
                         } | ({"model": MODEL} if "model" in columns else {})
                         names, marks = ", ".join(row), ", ".join("?" * len(row))
                         raw.execute(f"INSERT INTO segments ({names}) VALUES ({marks})", list(row.values()))
+                    if "waveforms" in tables:
+                        raw.execute(
+                            "INSERT INTO waveforms (recording, step_s, levels) VALUES (?, 0.05, ?)",
+                            (key, waveform(key)),
+                        )
                     raw.execute("INSERT INTO changes (recording, token) VALUES (?, ?)", (key, f"{key:016x}"))
             raw.execute("INSERT INTO changes (recording, token) VALUES (9, '0000000000000009')")
             raw.execute("UPDATE sqlite_sequence SET seq = 9 WHERE name = 'recordings'")
