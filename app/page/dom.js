@@ -56,7 +56,9 @@ export function bars(peaks) {
   drawing.setAttribute("preserveAspectRatio", "none");
   drawing.setAttribute("aria-hidden", "true");
   const path = document.createElementNS(SVG, "path");
-  const line = (peak, at) => `M${at + 0.5} ${50 - Math.max(2, 48 * peak)}V${50 + Math.max(2, 48 * peak)}`;
+  const loudest = Math.max(0.05, ...peaks); // somebody who spoke softly is seen as well
+  const half = (peak) => Math.max(2, (46 * peak) / loudest);
+  const line = (peak, at) => `M${at + 0.5} ${50 - half(peak)}V${50 + half(peak)}`;
   path.setAttribute("d", peaks.map(line).join(""));
   drawing.append(path);
   return drawing;

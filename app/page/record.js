@@ -6,7 +6,7 @@ import { playButton, unplayable } from "./hit.js";
 import { trouble } from "./parts.js";
 import { player } from "./player.js";
 import { ask, pathOf, service } from "./service.js";
-import { may } from "./session.js";
+import { may, session } from "./session.js";
 import { waveform } from "./waveform.js";
 import { clock, languageName, LANGUAGES, number, say, size, titleOf, told, when } from "./words.js";
 
@@ -15,6 +15,7 @@ let shown = "";
 
 /** Opens and closes as the address says. */
 export function showRecord() {
+  if (!session.known) return; // what it may be used for is not known either
   const { record: id, of: collection } = here();
   const wanted = id ? JSON.stringify([id, collection]) : "";
   if (wanted === shown && dialog) return;
@@ -72,7 +73,7 @@ function parts(mine, inside, record, etag, note) {
   const others = Object.fromEntries(Object.entries(record.metadata).filter(([name]) => name !== "title"));
   return [
     record.error && make("p", { class: "trouble", dir: "auto" }, record.error.detail),
-    record.duration_s > 0 && waveform(record, [], (from, until) => player.play(record, from, until)),
+    record.status === "ready" && waveform(record, [], (from, until) => player.play(record, from, until)),
     make("div", { class: "buttons" }, playButton(record, 0, null),
       make("a", { class: "button like", href: to({ like: record.id, in: record.collection }), "data-here": true, hidden: record.status !== "ready" }, icon("like"), say("hit.like")),
       make("a", { class: "button", href: pathOf(record, "/content"), download: titleOf(record) }, say("hit.download")),

@@ -168,7 +168,7 @@ function hits(data, wanted, limit) {
 
 function waitingNote() {
   const n = collections.reduce((sum, one) => sum + one.recordings - one.ready - one.failed, 0);
-  return n > 0 ? make("p", { class: "note" }, say("search.waiting", { n })) : "";
+  return n > 0 ? make("p", { class: "note" }, say("search.waiting", { n })) : document.createTextNode("");
 }
 
 // --- before anything is asked
@@ -188,11 +188,15 @@ async function start() {
       ...(may("write") ? [make("p", {}, say("empty.lead")), adders(), offer()] : [make("p", {}, say("empty.reading"))])));
     return;
   }
-  const lead = make("div", { class: "empty" }, make("h2", {}, say("start.title")), make("p", {}, say("start.lead")), waitingNote());
-  answer.replaceChildren(lead);
-  shown = lead;
   const found = await questions();
-  if (found && shown === lead && lead.isConnected) lead.append(make("p", { class: "quiet" }, say("start.try")), chips(found));
+  // drawn anew only where it differs, since uploads that become ready ask for it while somebody reads
+  const looks = JSON.stringify([document.documentElement.lang, waitingNote().textContent, found?.length]);
+  if (shown?.isConnected && shown.looks === looks) return;
+  if (here().q || here().like || here().by || here().view) return; // meanwhile
+  shown = make("div", { class: "empty" }, make("h2", {}, say("start.title")), make("p", {}, say("start.lead")), waitingNote());
+  shown.looks = looks;
+  if (found) shown.append(make("p", { class: "quiet" }, say("start.try")), chips(found));
+  answer.replaceChildren(shown);
 }
 
 // --- by voice

@@ -6,7 +6,7 @@
  */
 export const service = new EventTarget();
 
-const GIVE_UP_AFTER = 3;
+const GIVE_UP_AFTER = 5;
 let unreachable = false;
 
 /** An error in the service's own words, or that it could not be asked. */

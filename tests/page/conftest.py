@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +115,30 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextmanager
+def launched(*arguments: str) -> Iterator[Any]:
+    """Chromium without a window. It has a sandbox wherever it can: root has none."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        browser = running.chromium.launch(
+            executable_path=CHROMIUM, args=arguments, chromium_sandbox=os.geteuid() != 0
+        )
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def chromium(spoken: Path) -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium): the page is not tested")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: the page is not tested")
-    arguments = [
+    pytest.importorskip("playwright", reason="no playwright: the page is not tested")
+    with launched(
         "--use-fake-device-for-media-stream",
         f"--use-file-for-fake-audio-capture={spoken}",
         "--autoplay-policy=no-user-gesture-required",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ]
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    ) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         assert "unexpected error" not in running.log()
 
 
-def slow(screen: Screen, bytes_per_s: int) -> None:
-    """A connection that sends no faster; 0 is as fast as it goes."""
-    limits = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": bytes_per_s or -1}
+def connection(screen: Screen) -> Callable[[int], None]:
+    """Makes the connection send no more than so many bytes a second, or, with -1, as many as it can."""
     tools = screen.page.context.new_cdp_session(screen.page)
     tools.send("Network.enable")
-    tools.send("Network.emulateNetworkConditions", limits)
+    limits = {"offline": False, "latency": 0, "downloadThroughput": -1}
+    return lambda sent: tools.send("Network.emulateNetworkConditions", limits | {"uploadThroughput": sent})
 
 
 # --- the first minute
@@ -39,8 +39,9 @@ def test_an_empty_library_offers_the_samples_and_then_questions_to_ask(screen: S
     screen.button("Add the samples").click()
     screen.uploaded(21, of=21)
     chips = screen.page.get_by_role("list", name="Try one of these").get_by_role("link")
-    chips.first.wait_for()
-    assert chips.count() == len({question["lang"] for question in questions()}) >= 5
+    languages = len({question["lang"] for question in questions()})
+    chips.nth(languages - 1).wait_for()
+    assert chips.count() == languages >= 5
     chips.first.click()
     screen.page.locator(".hit").first.wait_for()
     assert screen.page.get_by_role("searchbox").input_value() == questions()[0]["q"]
@@ -52,21 +53,14 @@ def test_an_empty_library_offers_the_samples_and_then_questions_to_ask(screen: S
 def test_axe_finds_nothing_serious(screens: Open, scheme: str) -> None:
     """People read it by ear, by keyboard, or in high contrast; in both colours and both directions."""
     screen = screens(color_scheme=scheme, locale="fa-IR" if scheme == "dark" else "en-GB")
-    found = screen.violations()
-    for address in (
-        "?q=train&lang=en",
-        "?view=library",
-        "?view=library&status=failed",
-        "?record=en-bees&of=default",
-    ):
+    found = []
+    for address in ("?q=train&lang=en&limit=3", "?view=library&lang=it", "?record=en-bees&of=default"):
         screen.open(address)
-        screen.page.locator(".hit, .row, .empty, .record dl").first.wait_for()
+        screen.page.locator(".hit, .row, .record dl").first.wait_for()
         found += screen.violations()
     screen.page.keyboard.press("Escape")
-    for tool in (".add", ".help"):
-        screen.page.locator(f".tools {tool}").click()
-        found += screen.violations()
-        screen.page.keyboard.press("Escape")
+    screen.page.locator(".tools .add").click()
+    found += screen.violations()
     assert found == []
 
 
@@ -217,7 +211,7 @@ def test_what_is_recorded_becomes_a_recording(screen: Screen) -> None:
 def test_what_cannot_be_indexed_says_why_and_under_which_number(screen: Screen) -> None:
     """People drop the wrong file all the time; what matters is that they learn it is the wrong one."""
     screen.drop({"letter.txt": b"Dear reader, this is no recording.", "bees again.opus": sample("en-bees")})
-    screen.page.locator(".upload.failed").get_by_text(re.compile("decode|recording")).first.wait_for()
+    screen.page.locator(".upload.failed").get_by_text(re.compile("not sound in a format")).first.wait_for()
     screen.page.locator(".upload.duplicate").wait_for()
     screen.page.locator(".upload.failed").get_by_role("button", name="Try again").click()
     screen.page.locator(".upload.failed").wait_for()
@@ -245,14 +239,16 @@ def test_a_folder_gives_its_recordings(screen: Screen, tmp_path: Path) -> None:
     screen.uploaded(1, of=1)
     screen.see("1 file of the folder is no recording and was left out.")
     screen.open("?view=library&collection=archive&lang=en&title=doctor.opus")
-    assert screen.page.locator(".row h2").all_inner_texts() == ["doctor.opus"]
+    screen.page.locator(".row h2").get_by_text("doctor.opus").wait_for()
+    assert screen.page.locator(".row").count() == 1
 
 
 def test_a_reload_during_uploads_loses_nothing_silently(screen: Screen, service: RunningService) -> None:
     """Pages are closed, tabs crash: what arrived goes on; what did not is named until it is given again."""
     asked: list[str] = []
     screen.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
-    slow(screen, 40_000)
+    limit = connection(screen)
+    limit(40_000)
     news = sample("en-village-news") + b"\0"  # other bytes than those that are there already
     files = {
         "small.opus": sample("en-bicycle") + b"\0",
@@ -269,7 +265,7 @@ def test_a_reload_during_uploads_loses_nothing_silently(screen: Screen, service:
     interrupted = screen.page.locator(".upload.interrupted")
     assert "news.opus" in interrupted.locator(".name").all_inner_texts()
     lost = {name: files[name] for name in interrupted.locator(".name").all_inner_texts()}
-    slow(screen, 0)
+    limit(-1)
     screen.drop(lost)
     screen.uploaded(3, of=3)
     listed = [record["metadata"].get("title") for record in service.listed()]
@@ -343,12 +339,11 @@ def test_what_is_deleted_is_gone_after_a_question_and_a_count(
 
 @pytest.fixture(scope="module")
 def keys(service: RunningService) -> dict[str, str]:
-    wanted = {"reader": "read", "busy": "read,write"}
+    wanted = {"reader": ("read",), "busy": ("read,write", "--rate", "2/second")}
     texts = {}
     for name, scope in wanted.items():
-        done = clasp("keys", "create", name, "--scope", scope, "--json", cwd=service.data_dir)
+        done = clasp("keys", "create", name, "--scope", *scope, "--json", cwd=service.data_dir)
         texts[name] = json.loads(done.stdout)["key"]
-    clasp("keys", "limit", "busy", "--rate", "8/second", cwd=service.data_dir)
     return texts
 
 
@@ -388,6 +383,6 @@ def test_a_busy_service_is_waited_for(screen: Screen, keys: dict[str, str]) -> N
     screen.forgive("429")
     sign_in(screen, keys["busy"])
     screen.see("Try one of these")
-    screen.drop({f"{at}.opus": sample("es-bread") + bytes([at]) for at in range(1, 13)})
-    screen.uploaded(12, of=12)
+    screen.drop({f"{at}.opus": sample("es-bread") + bytes([at]) for at in range(1, 7)})
+    screen.uploaded(6, of=6)
     assert any("429" in one for one in screen.complaints)
