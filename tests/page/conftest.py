@@ -16,7 +16,7 @@ from app.pages import SAMPLES
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 PHONE = {"width": 360, "height": 740}
 
 
