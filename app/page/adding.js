@@ -3,6 +3,7 @@
 import { announce, icon, make, show } from "./dom.js";
 import { NoMicrophone, record } from "./microphone.js";
 import { choose } from "./parts.js";
+import { service } from "./service.js";
 import { may, session } from "./session.js";
 import { uploads } from "./uploads.js";
 import { clock, LANGUAGES, languageName, say, when } from "./words.js";
@@ -156,11 +157,13 @@ addEventListener("drop", async (event) => {
   inside = 0;
   overlay.hidden = true;
   document.body.append(overlay);
-  if (!may("write")) return;
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  const given = [...event.dataTransfer.files]; // both are gone once this event is over
+  if (!session.known) await new Promise((resolve) => service.addEventListener("session", resolve, { once: true }));
+  if (!may("write")) return announce(say("drop.not"));
   const folders = entries.filter((entry) => entry.isDirectory);
   const single = entries.filter((entry) => entry.isFile);
-  const files = single.length || folders.length ? await Promise.all(single.map(fileOf)) : [...event.dataTransfer.files];
+  const files = single.length || folders.length ? await Promise.all(single.map(fileOf)) : given;
   if (files.length) give(files);
   if (folders.length) give((await Promise.all(folders.map(below))).flat(), true);
 });

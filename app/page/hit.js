@@ -43,7 +43,7 @@ export function playButton(recording, from, until, { small = false } = {}) {
     type: "button", class: small ? "play round" : "play primary",
     onclick: () => {
       if (player.has(recording) && player.playing) player.pause();
-      else player.play(recording, from, player.playsOn ? null : until);
+      else player.play(recording, paused(recording, from, until) ? player.at : from, player.playsOn ? null : until);
     },
   });
   states.set(button, () => {
@@ -57,6 +57,11 @@ export function playButton(recording, from, until, { small = false } = {}) {
   });
   states.get(button)();
   return button;
+}
+
+/** Whether it was stopped on the way, and goes on from there. */
+function paused(recording, from, until) {
+  return player.has(recording) && player.at > from && player.at < (until ?? recording.duration_s ?? 0) - 0.3;
 }
 
 /** Where a record stands, over the view that is shown. */

@@ -84,8 +84,10 @@ async function firstPage(wanted) {
     const data = await page(wanted, null, signal);
     if (!data.items.length) return empty(wanted);
     const rows = make("ol", { class: "rows" }, data.items.map(row));
+    const focused = list.contains(document.activeElement) && document.activeElement.closest("[data-row]")?.getAttribute("aria-labelledby");
     list.replaceChildren(rows, more(wanted, data.next_cursor, rows));
     rows.querySelector("[data-row]").tabIndex = 0;
+    if (focused) rows.querySelector(`[aria-labelledby="${CSS.escape(focused)}"]`)?.focus();
     announce(say("library.listed", { n: data.items.length }));
   } catch (problem) {
     if (problem.name === "AbortError") return;

@@ -6,6 +6,7 @@ import { announce, icon } from "./dom.js";
 import { openHelp } from "./keys.js";
 import { showLibrary } from "./library.js";
 import { player } from "./player.js";
+import { trouble } from "./parts.js";
 import { showRecord } from "./record.js";
 import { showSearch } from "./search.js";
 import { ask, service } from "./service.js";
@@ -20,6 +21,7 @@ const header = document.querySelector("body > header");
 const banner = document.querySelector("#banner");
 let collections = [];
 let view = null;
+let last = null;
 
 for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon(place.dataset.icon));
 
@@ -28,8 +30,9 @@ for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon
 function showView() {
   const wanted = here();
   const key = to({ ...wanted, record: "", of: "" });
+  if (key !== last) player.stop();
+  last = key;
   if (key !== view) {
-    player.stop();
     const library = wanted.view === "library";
     document.querySelector("#search").hidden = library;
     document.querySelector("#library").hidden = !library;
@@ -131,7 +134,7 @@ async function start() {
   try {
     await begin();
   } catch (problem) {
-    if (problem.code !== "unreachable") throw problem;
+    document.querySelector("#answer").replaceChildren(trouble(problem, start));
   }
 }
 

@@ -28,6 +28,7 @@ const answer = view.querySelector("#answer");
 let asking = null;
 let sound = null;
 let shown = null;
+let settled = null;
 let collections = [];
 
 /** What the address asks; `totals` are the collections. */
@@ -47,13 +48,19 @@ export function toBox() {
   box.select();
 }
 
-function fields(wanted) {
+function fields({ ...wanted }) {
+  const { lang, collection, probable } = form.elements;
+  if (settled === location.search) {
+    // shown anew, not asked anew: what somebody is typing stays
+    Object.assign(wanted, { q: box.value, lang: lang.value, collection: collection.value, probable: probable.checked ? "1" : "" });
+  }
+  settled = location.search;
   box.value = wanted.q ?? "";
   const named = [...LANGUAGES].sort((one, other) => languageName(one).localeCompare(languageName(other), document.documentElement.lang));
-  choose(form.elements.lang, wanted.lang, [["", say("search.lang.auto")], ...named.map((lang) => [lang, languageName(lang)])]);
-  choose(form.elements.collection, wanted.collection, [["", say("search.collection.all")], ...collections.map(({ name }) => [name, name])]);
-  form.elements.collection.closest("label").hidden = collections.length < 2 && !wanted.collection;
-  form.elements.probable.checked = wanted.probable === "1";
+  choose(lang, wanted.lang, [["", say("search.lang.auto")], ...named.map((lang) => [lang, languageName(lang)])]);
+  choose(collection, wanted.collection, [["", say("search.collection.all")], ...collections.map(({ name }) => [name, name])]);
+  collection.closest("label").hidden = collections.length < 2 && !wanted.collection;
+  probable.checked = wanted.probable === "1";
   view.querySelector("[name=play-on]").checked = player.playsOn;
 }
 

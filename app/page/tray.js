@@ -58,7 +58,7 @@ function draw() {
   if (settled && told !== last) announce(`${say("uploads.title")}: ${summary.textContent}`);
   if (settled) last = told;
   // done without a fault: out of the way, until there is more
-  if (settled && !moving.settled && !failed && !interrupted) details.open = false;
+  if (settled && !moving.settled && !failed && !interrupted && !note) details.open = false;
   if (!settled && moving.settled) details.open = true;
   moving.settled = settled;
 }

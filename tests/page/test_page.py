@@ -309,7 +309,7 @@ def test_what_is_deleted_is_gone_after_a_question_and_a_count(
 ) -> None:
     """Nothing goes by a slip of the hand: one is asked for by its title, many by their number."""
     screen.open("?view=library&record=en-doctor&of=default")
-    screen.button("Delete").click()
+    screen.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     screen.page.get_by_role("dialog", name=re.compile("Delete “Doctor”")).get_by_role(
         "button", name="Delete"
     ).click()
