@@ -8,7 +8,7 @@ import { showLibrary } from "./library.js";
 import { player } from "./player.js";
 import { trouble } from "./parts.js";
 import { showRecord } from "./record.js";
-import { showSearch } from "./search.js";
+import { counted, showSearch } from "./search.js";
 import { ask, service } from "./service.js";
 import { begin, enter, may, session } from "./session.js";
 import { uploads } from "./uploads.js";
@@ -68,7 +68,8 @@ async function count() {
 async function recount() {
   await count().catch(() => {});
   const { q, like, by } = here();
-  if (!(q || like || by)) again();
+  if (q || like || by) counted(collections);
+  else again();
 }
 
 onChange(showView);

@@ -42,6 +42,12 @@ export async function showSearch(totals = collections) {
   else start();
 }
 
+/** There are others by now; hits that are being read stay as they are. */
+export function counted(totals) {
+  collections = totals;
+  answer.querySelector(".note")?.replaceWith(waitingNote());
+}
+
 /** To the search box, with all of its text chosen. */
 export function toBox() {
   box.focus();

@@ -17,6 +17,7 @@ from tests.page.conftest import PHONE, Screen, launched, questions
 from tests.service import RunningService
 
 MOST_BYTES = 150_000
+BOARS = "Wild boars have come out of the forest and dug up several gardens"
 TRAIN = "The train is late because a tree fell on the line"
 
 
@@ -36,13 +37,12 @@ def main(out: Annotated[Path, typer.Option(help="Where they go.")] = Path("docs/
 
         screen = opened()
         screen.button("Add the samples").click()
-        screen.page.locator(".upload.ready").nth(3).wait_for()
+        screen.page.locator(".upload.ready").nth(1).wait_for()
         save(screen, out / "page-uploads.png")
         screen.uploaded(21, of=21)
-        screen.button("Uploads").or_(screen.page.locator("#uploads .clear")).first.evaluate(
-            "one => one.click()"
-        )
-        search(screen, TRAIN, "en")
+        screen.page.locator("#uploads .clear").evaluate("one => one.click()")
+        screen.open()
+        search(screen, BOARS, "en")
         save(screen, out / "page-search.png")
         screen.open("?view=library")
         screen.page.locator(".row").first.wait_for()

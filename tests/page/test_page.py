@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.page.conftest import PHONE, Screen, questions, sample
-from tests.service import RunningService, clasp
+from tests.service import RunningService, clasp, eventually
 
 Open = Callable[..., Screen]
 WORDS = "import('/page/words.js').then(({WORDS}) => WORDS)"
@@ -208,15 +208,21 @@ def test_what_is_recorded_becomes_a_recording(screen: Screen) -> None:
 # --- uploads
 
 
-def test_what_cannot_be_indexed_says_why_and_under_which_number(screen: Screen) -> None:
+def test_what_cannot_be_indexed_says_why_and_under_which_number(
+    screen: Screen, service: RunningService
+) -> None:
     """People drop the wrong file all the time; what matters is that they learn it is the wrong one."""
     screen.drop({"letter.txt": b"Dear reader, this is no recording.", "bees again.opus": sample("en-bees")})
     screen.page.locator(".upload.failed").get_by_text(re.compile("not sound in a format")).first.wait_for()
     screen.page.locator(".upload.duplicate").wait_for()
+    (first,) = service.listed(status="failed")
     screen.page.locator(".upload.failed").get_by_role("button", name="Try again").click()
+    eventually(
+        lambda: [one["id"] for one in service.listed(status="failed")] not in ([], [first["id"]]), within_s=20
+    )
     screen.page.locator(".upload.failed").wait_for()
     screen.button("Clear finished").click()
-    assert screen.page.locator("#uploads").is_hidden()
+    screen.page.locator("#uploads").wait_for(state="hidden")
     # an error of the service itself, not of a recording, has its number in the log
     screen.forgive("422")
     screen.page.locator("main").focus()
