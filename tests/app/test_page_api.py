@@ -330,5 +330,8 @@ def test_a_waveform_shows_where_what_is_loud(tones: httpx.Client) -> None:
 def test_where_there_is_no_waveform_it_says_so(tones: httpx.Client, service: RunningService) -> None:
     """What an older version indexed has none, and is found and played all the same."""
     check_problem(tones.get("/audio/html/waveform"), 404, "no_waveform")
+    assert sql(service.data_dir / "index_data", "SELECT count(*) FROM waveforms") == [(4,)]
+    tones.delete("/audio/elsewhere").raise_for_status()
+    assert sql(service.data_dir / "index_data", "SELECT count(*) FROM waveforms") == [(3,)]
     sql(service.data_dir / "index_data", "DELETE FROM waveforms")
     check_problem(tones.get("/audio/low/waveform"), 404, "no_waveform")

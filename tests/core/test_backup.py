@@ -13,11 +13,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clasp_core.backup import LOCK, MANIFEST, backup, read_manifest, restore, verify
+from clasp_core.catalog import store_peaks
 from clasp_core.errors import BackupFailed, DataMismatch, InvalidBackup
 from clasp_core.library import Library, Question
+from clasp_core.peaks import Peaks
 from tests.core.doubles import (
     DIM,
     MODEL,
@@ -100,6 +103,9 @@ def is_tidy(place: Path) -> bool:
 def test_a_library_is_the_same_after_there_and_back(library: Library, place: Path, tmp_path: Path) -> None:
     """Moving to another machine: every record, byte and vector, and the same
     answers, with nothing embedded anew."""
+    with library.catalog.database.writing() as db:
+        first = library.page()[0][0]
+        store_peaks(db, first.key, Peaks(0.05, np.arange(40, dtype=np.uint8)))
     waiting = upload(library, b"waiting", "waiting")
     outcome = backup(library_dir := tmp_path / "index_data", place)
     manifest = outcome.manifest
@@ -114,6 +120,7 @@ def test_a_library_is_the_same_after_there_and_back(library: Library, place: Pat
         questions = [Question(), Question(limit=1)]
         vectors = random_vectors(1, 2)
         assert new.search(vectors, questions) == library.search(vectors, questions)
+        assert new.catalog.waveform(first.id)[1].levels.tobytes() == bytes(range(40))
         assert [leased.id for leased in new.catalog.lease("me", limit=9, lease_s=60)] == [waiting.id]
 
 
@@ -518,7 +525,7 @@ def test_an_older_library_is_not_upgraded_by_its_backup_and_a_newer_one_refused(
         add(library, "a", random_vectors(1, 1))
     with closing(sqlite3.connect(data_dir / "catalog.sqlite3")) as db:
         db.execute("UPDATE alembic_version SET version_num = '0003'")
-        for table in ("api_keys", "library", "once", "turns"):
+        for table in ("api_keys", "library", "once", "turns", "waveforms"):
             db.execute(f"DROP TABLE {table}")
         db.commit()
     before = state(data_dir)

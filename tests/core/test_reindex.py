@@ -23,6 +23,7 @@ from clasp_core import catalog as catalog_module
 from clasp_core import ingest, sandbox
 from clasp_core import reindex as reindex_module
 from clasp_core.catalog import StoredModel
+from clasp_core.database import WAVEFORMS
 from clasp_core.errors import DataMismatch, ProcessingFailed
 from clasp_core.ingest import Ingester, embed_recording
 from clasp_core.leases import MAX_ATTEMPTS
@@ -195,6 +196,18 @@ def test_a_library_has_another_model_after_it(
     check_answers(new, contents | {"waiting": tone_of("tone-99")})
     forget_at_once(new, monkeypatch)
     assert stored(tmp_path) == {name: [NEW.fingerprint] for name in [*contents, "waiting"]}
+
+
+def test_what_an_older_version_indexed_gets_a_waveform(open_as: Opener) -> None:
+    """Every recording is decoded on the way: it would be a pity to have to upload them anew for that."""
+    old = open_as(OLD)
+    fill(old, ["tone-1"])
+    made = old.catalog.waveform("tone-1")[1].levels.tobytes()
+    assert len(made) == 6
+    with old.catalog.database.writing() as db:
+        db.execute(sa.delete(WAVEFORMS))
+    reindex(open_as)
+    assert open_as(NEW).catalog.waveform("tone-1")[1].levels.tobytes() == made
 
 
 def test_a_second_run_finds_nothing_to_do(open_as: Opener) -> None:
