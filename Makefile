@@ -2,6 +2,7 @@
 #   make demo    index the bundled recordings and ask about them in several languages
 #   make serve   serve on 127.0.0.1:8000
 #   make test    the test suite            make check   format, lint, types, import rules, containers, keys
+#   make dist    wheels, source archives   make wheel-check   the wheel in an empty environment
 #   make audit   known holes in the pinned versions (needs the internet)
 #   make bench   side-by-side measurements make golden  regenerate what tests pin
 # Settings: PYTHON, VENV, and CLASP_TORCH_INDEX, the package index of torch's CPU build, for machines
@@ -14,20 +15,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow test-scaled check audit bench golden train clean
+.PHONY: help demo serve test test-slow test-scaled check dist wheel-check audit bench golden train clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(CLASP_TORCH_INDEX),--index-url $(CLASP_TORCH_INDEX),) torch
-	$(PIP) --editable '.[embedded]'
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[embedded,dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/base
@@ -57,6 +58,23 @@ check: $(VENV)/dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/python -m tests.deploy_check
 	$(BIN)/python -m tests.secrets_check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --persona=auditor .github/workflows
+
+# What a release publishes, in dist/: the service and its client.
+dist: $(VENV)/dist/bin/twine
+	rm -rf dist
+	for source in . $(wildcard client); do \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(VENV)/dist/bin/python -m build $$source --outdir dist || exit; \
+	done
+	$(VENV)/dist/bin/twine check --strict dist/*
+
+wheel-check: $(VENV)/dist/bin/twine
+	$(VENV)/dist/bin/python -m tests.wheel_check
+
+$(VENV)/dist/bin/twine:
+	$(PYTHON) -m venv $(VENV)/dist
+	$(VENV)/dist/bin/python -m pip --disable-pip-version-check install --quiet 'build>=1.3,<2' 'twine>=6.1,<8'
 
 # Known vulnerabilities of the pinned versions. Asks the Python Package Index or, with AUDIT_SERVICE=osv, osv.dev,
 # which is why it is no part of `make check`; fails where it gets no answer about a package, too.

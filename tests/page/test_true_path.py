@@ -74,7 +74,7 @@ def test_a_question_may_be_spoken_or_another_recording(screens: Callable[..., Sc
     microphone.hover()
     screen.page.mouse.down()
     screen.see(re.compile("Listening"))
-    screen.page.wait_for_timeout(4500)
+    screen.page.wait_for_timeout(3500)
     screen.page.mouse.up()
     hits = screen.page.locator(".hit")
     hits.first.wait_for()
