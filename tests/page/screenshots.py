@@ -17,7 +17,7 @@ from tests.page.conftest import PHONE, Screen, launched, questions
 from tests.service import RunningService
 
 MOST_BYTES = 150_000
-BOARS = "Wild boars have come out of the forest and dug up several gardens"
+LUNCH = "From now on the school children get a hot lunch every day"
 TRAIN = "The train is late because a tree fell on the line"
 
 
@@ -42,7 +42,7 @@ def main(out: Annotated[Path, typer.Option(help="Where they go.")] = Path("docs/
         screen.uploaded(21, of=21)
         screen.page.locator("#uploads .clear").evaluate("one => one.click()")
         screen.open()
-        search(screen, BOARS, "en")
+        search(screen, LUNCH, "en")
         save(screen, out / "page-search.png")
         screen.open("?view=library")
         screen.page.locator(".row").first.wait_for()

@@ -262,7 +262,7 @@ def test_a_reload_during_uploads_loses_nothing_silently(screen: Screen, service:
         "late.opus": sample("fr-lift") + b"\0",
     }
     screen.drop(files)
-    screen.page.locator(".upload.ready").wait_for()
+    screen.page.locator(".upload.ready").first.wait_for()
     screen.page.locator(".upload.sending").get_by_text(re.compile(r"[1-9]\d?\s?%")).first.wait_for()
     screen.page.reload()
     assert asked == ["beforeunload"]
