@@ -113,7 +113,10 @@ function recorder() {
     try {
       const { stop } = await record((level) => button.style.setProperty("--level", level.toFixed(2)));
       const began = Date.now();
-      const tick = () => (words.textContent = `${say("add.record.stop")} · ${clock((Date.now() - began) / 1000)}`);
+      const tick = () => {
+        if (!button.isConnected) toggle(); // closed, or another view: what was said is kept
+        else words.textContent = `${say("add.record.stop")} · ${clock((Date.now() - began) / 1000)}`;
+      };
       going = { stop, ticking: setInterval(tick, 500) };
       button.classList.add("on");
       tick();

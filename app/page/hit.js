@@ -5,7 +5,7 @@ import { icon, make } from "./dom.js";
 import { player } from "./player.js";
 import { pathOf } from "./service.js";
 import { waveform } from "./waveform.js";
-import { clock, cosine, languageName, passage, percent, say, titleOf } from "./words.js";
+import { clock, cosine, languageName, passage, probability, say, titleOf } from "./words.js";
 
 const AROUND_S = 5;
 const SHORT_S = 20;
@@ -111,9 +111,9 @@ function score(hit) {
   const known = hit.confidence !== undefined;
   const level = known ? LEVELS.find(([least]) => hit.confidence >= least)[1] : "unknown";
   const figure = cosine(hit.score);
-  const summary = make("summary", {}, say(`score.${level}`, { cosine: figure }), known && make("span", { class: "percent" }, percent(hit.confidence)));
+  const summary = make("summary", {}, say(`score.${level}`, { cosine: figure }), known && make("span", { class: "percent" }, probability(hit.confidence)));
   const means = known
-    ? [make("p", {}, say("score.means", { share: percent(hit.confidence) })), make("p", {}, say("score.cosine", { cosine: figure }))]
+    ? [make("p", {}, say("score.means", { share: probability(hit.confidence) })), make("p", {}, say("score.cosine", { cosine: figure }))]
     : [make("p", {}, say("score.unmeasured"))];
   const details = make("details", { class: `score ${level}` }, summary, make("div", { class: "means" }, means));
   details.addEventListener("keydown", (event) => {

@@ -76,6 +76,7 @@ async function page(wanted, cursor, signal) {
 }
 
 async function firstPage(wanted) {
+  if (list.querySelector(".recorder.on")) return; // somebody speaks: not under their hand
   asking?.abort();
   asking = new AbortController();
   const { signal } = asking;

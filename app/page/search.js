@@ -189,7 +189,7 @@ function waitingNote() {
 async function start() {
   asking?.abort();
   answer.removeAttribute("aria-busy");
-  player.stop();
+  if (answer.querySelector(".recorder.on")) return; // somebody speaks: not under their hand
   if (!may("read")) {
     answer.replaceChildren(make("div", { class: "empty" }, make("p", {}, may("write") ? say("key.reading") : say("key.needed"))));
     return;

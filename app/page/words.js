@@ -453,8 +453,12 @@ export function number(value, options = {}) {
 }
 
 export function percent(share) {
-  const least = share > 0 && share < 0.01 ? "< " : "";
-  return least + number(least ? 0.01 : share, { style: "percent", maximumFractionDigits: 0 });
+  return number(share, { style: "percent", maximumFractionDigits: 0 });
+}
+
+/** A probability, which is never written as certainty. */
+export function probability(share) {
+  return share < 0.01 ? `< ${percent(0.01)}` : share > 0.99 ? `> ${percent(0.99)}` : percent(share);
 }
 
 export function cosine(value) {
