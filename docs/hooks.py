@@ -34,8 +34,6 @@ ELSEWHERE = {
 """Pages whose source is outside of docs/."""
 PAGE_OF = {source: uri for uri, source in ELSEWHERE.items()}
 PAGE_OF |= {"README.md": "index.md", "client/README.md": "client.md"}  # the pages on the same
-AWAITED = {f"docs/images/{name}.png" for name in ("search", "search-persian", "upload", "library", "phone")}
-"""Pictures of the page that are left out until they are made."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#\s])")
 log = logging.getLogger("mkdocs.plugins.hooks")
 
@@ -68,11 +66,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             log.warning(f"{page.file.src_uri}: there is no file {path}")
         return posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))
 
-    def awaited(picture: re.Match[str]) -> bool:
-        path, _ = _resolved(page.file.src_uri, picture[1])
-        return path in AWAITED and not (ROOT / path).is_file()
-
-    markdown = re.sub(r"!\[[^\]]*\]\(([^)]+)\)", lambda found: "" if awaited(found) else found[0], markdown)
     return LINK.sub(in_the_site, markdown)
 
 

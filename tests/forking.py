@@ -9,6 +9,7 @@ signals and an end of their own; only the imports of one serve all. `Forked` is 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -20,11 +21,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 SOCKET = "TEST_FORKING"
 """Variable with the path that the forking process listens at: the same for all that it forked."""
@@ -178,7 +181,7 @@ def _start() -> str:
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
 
     @atexit.register
-    def _end() -> None:
+    def stop() -> None:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
@@ -209,6 +212,26 @@ def _become(request: dict[str, Any], given: list[int]) -> None:
         reindex.FOLLOW_WITHIN_S = 2.0
     faults._armed = faults._from_environment(os.environ.get("CLASP_FAULT", ""))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end(program: Callable[..., None], *arguments: object) -> NoReturn:
+    """Run a program and end as the interpreter would, but for taking everything apart that was imported."""
+    code = 1
+    try:
+        program(*arguments)
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _serve(path: str) -> tuple[dict[str, Any], list[int]] | None:
@@ -268,5 +291,6 @@ if __name__ == "__main__":
         sys.exit(Forked([sys.executable, "-m", *sys.argv[1:]], env=dict(os.environ)).wait())
     for program in _PROGRAMS:
         importlib.import_module(program)
+    gc.freeze()  # what all of them have: to look through it would copy it
     if (wanted := _serve(sys.argv[1])) is not None:
-        _become(*wanted)
+        _end(_become, *wanted)

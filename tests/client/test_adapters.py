@@ -147,7 +147,8 @@ def test_the_examples_of_the_documentation_run(
     (tmp_path / "bees.opus").write_bytes(samples["en-bees"].content)
     (tmp_path / "recordings" / "dog.opus").write_bytes(samples["en-lost-dog"].content)
     (tmp_path / "recordings" / "letter.txt").write_bytes(b"no recording")
-    (tmp_path / "samples").symlink_to(SAMPLES)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "samples").symlink_to(SAMPLES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLASP_URL", url)
     with Client(url) as clasp:
