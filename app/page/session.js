@@ -69,7 +69,9 @@ export function enter() {
       make("form", { onsubmit: submit },
         make("h2", { id: "key-title" }, icon("key"), say("key.title")),
         known && make("p", {}, say("key.known", { name: session.name ?? "", scopes: session.scopes.join(", ") })),
-        make("p", { class: "quiet" }, say("key.why")),
+        isSecureContext
+          ? make("p", { class: "quiet" }, say("key.why"))
+          : make("p", { class: "wrong" }, say("key.insecure")), // docs/security.md, "Keys in browsers"
         make("label", { for: "key" }, say("key.label")), key,
         make("label", { class: "check" }, remember, say("key.remember")),
         wrong,

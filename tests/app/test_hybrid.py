@@ -59,7 +59,7 @@ def test_the_command_line_shows_what_was_heard(settings: Settings) -> None:
         hit["id"]
     ]
     table = CliRunner(env={"COLUMNS": "200"}).invoke(cli, arguments).stdout
-    assert table.splitlines()[0].split() == ["rank", "score", "time", "recording", "heard"]
+    assert table.splitlines()[0].split() == ["rank", "time", "score", "conf.", "recording", "id", "heard"]
     assert "bees stay inside the hive" in table
 
 
