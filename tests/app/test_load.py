@@ -79,9 +79,9 @@ def load(service: RunningService, speech_dev: Path, count: int) -> None:
 
 
 @pytest.mark.speech_dev
-def test_thirty_real_clips_from_eight_clients(busy: RunningService, speech_dev: Path) -> None:
+def test_sixteen_real_clips_from_eight_clients(busy: RunningService, speech_dev: Path) -> None:
     """A morning's uploads: every one is acknowledged and found, and who searches meanwhile does not wait."""
-    load(busy, speech_dev, 30)
+    load(busy, speech_dev, 16)
 
 
 @pytest.mark.slow
