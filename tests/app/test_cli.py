@@ -20,6 +20,7 @@ from app.cli import VERBS as GROUPS
 from clasp_core.calibration import calibration_of
 from tests.audio_files import encode, speech, tone
 from tests.conftest import SAMPLES, Sample
+from tests.milvus import IN_MEMORY
 from tests.postgres import IN_A_FILE
 from tests.service import ROOT, RunningService, clasp, engines, environment, eventually
 
@@ -174,9 +175,10 @@ def test_what_cannot_be_done_is_1_and_one_line(
 def completed(words: str, cwd: Path, *python: str) -> Any:
     """What the shell is told, where the last of the words is to be completed."""
     asked = {"_CLASP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    data_dir = cwd / "index_data"
     return subprocess.run(
         [sys.executable, *python, "-m", "app.cli"],
-        env=environment(data_dir=cwd / "index_data") | asked | {"PYTHONPATH": str(ROOT)},
+        env=environment(**engines(data_dir) | {"data_dir": data_dir}) | asked | {"PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -463,6 +465,7 @@ def test_status_counts_and_changes_nothing(indexed: Path) -> None:
     assert "nothing answers" in shown
 
 
+@IN_MEMORY
 def test_the_doctor_names_the_trouble_and_the_way_out(tmp_path: Path) -> None:
     """Most reports of trouble are a setting misspelt or a package missing; the rest begin with its output,
     which people paste in public: no secret may be in it."""
