@@ -53,18 +53,18 @@ export function enter() {
       return;
     }
     key.value = "";
-    entering.close();
+    dialog.close(); // unless somebody has meanwhile
     announce(say("key.taken"));
     await begin();
   }
 
   async function forget() {
     await ask("DELETE", "session");
-    entering.close();
+    dialog.close();
     location.assign(location.pathname); // nothing that the key could see stays on the page
   }
 
-  entering = show(
+  const dialog = (entering = show(
     make("dialog", { class: "small", "aria-labelledby": "key-title" },
       make("form", { onsubmit: submit },
         make("h2", { id: "key-title" }, icon("key"), say("key.title")),
@@ -77,7 +77,7 @@ export function enter() {
         wrong,
         make("div", { class: "buttons" },
           known && make("button", { type: "button", class: "danger", onclick: forget }, say("key.forget")),
-          make("button", { type: "button", onclick: () => entering.close() }, say("cancel")),
+          make("button", { type: "button", onclick: () => dialog.close() }, say("cancel")),
           make("button", { class: "primary" }, say("key.use"))))),
-    () => (entering = null));
+    () => (entering = null)));
 }

@@ -83,8 +83,13 @@ class Screen:
     def ask(self, question: str) -> Any:
         """The hits."""
         self.page.get_by_role("searchbox", name=re.compile("What was said|چه گفته شد")).fill(question)
-        self.page.keyboard.press("Enter")
-        hits = self.page.locator(".hit")
+        return self.found(lambda: self.page.keyboard.press("Enter"))
+
+    def found(self, asking: Callable[[], object]) -> Any:
+        """The hits of the question that this asks, and not of one before it."""
+        hits = self.page.locator(".hit:not(.before)")
+        self.page.evaluate("document.querySelectorAll('.hit').forEach(hit => hit.classList.add('before'))")
+        asking()
         hits.first.wait_for()
         return hits
 

@@ -366,6 +366,7 @@ def test_a_key_opens_what_it_may_and_no_script_can_read_it(screen: Screen, keys:
     screen.see("This key is not valid (any more).")
     screen.page.get_by_label("Key", exact=True).fill(keys["reader"])
     screen.button("Use this key").click()
+    screen.page.get_by_role("dialog", name="API key").wait_for(state="detached")
     screen.ask("train").first.locator("button.play").click()
     screen.page.locator(".play[data-playing=true]").first.wait_for()
     assert (

@@ -61,7 +61,8 @@ def test_a_spoken_sentence_is_found_and_heard_at_its_second(screens: Callable[..
     best.get_by_role("button", name=re.compile("^Play")).first.wait_for()
     assert playing_at(screen) <= starts[2] + 1
 
-    screen.page.get_by_role("combobox", name="Language of this page").select_option("fa")
+    page_language = screen.page.get_by_role("combobox", name="Language of this page")
+    screen.found(lambda: page_language.select_option("fa"))
     hits = screen.ask(questions()[0]["q"])
     assert hits.first.get_by_role("heading").inner_text() == "evening.flac"
     assert "۰:۰۷" in hits.first.locator(".mark.best").get_attribute("aria-label")
@@ -80,7 +81,6 @@ def test_a_question_may_be_spoken_or_another_recording(screens: Callable[..., Sc
     hits.first.wait_for()
     assert hits.first.get_by_role("heading").inner_text() == "dog.opus"
 
-    hits.first.get_by_role("link", name="More like this").click()
-    screen.see(re.compile("More like"))
-    screen.page.locator(".hit").first.wait_for()
-    assert "dog.opus" not in screen.page.locator(".hit h2").all_inner_texts()
+    others = screen.found(hits.first.get_by_role("link", name="More like this").click)
+    screen.page.locator(".asked").get_by_text("More like").wait_for()
+    assert "dog.opus" not in others.locator("h2").all_inner_texts()
