@@ -102,6 +102,9 @@ def test_a_full_disk_loses_nothing_and_room_is_enough(small_disk: SmallDisk) -> 
         assert service.stop() == 0
 
 
+@pytest.mark.skipif(
+    os.environ.get("CLASP_TEST_AUDIO_STORE") == "s3", reason="what fills this disk are recordings"
+)
 def test_what_is_refused_or_waits_for_room_is_not_lost(small_disk: SmallDisk) -> None:
     """The one failure every service meets some day: uploads are refused and leave nothing behind, what is
     there is found, what was accepted waits, and all goes on once there is room."""
