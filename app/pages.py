@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from app.errors import HttpError
-from app.preconditions import etag_of, is_among
+from app.preconditions import unless_known
 from app.routes import IfNoneMatch
 from clasp_core.access import SCOPES
 
@@ -88,10 +88,7 @@ def _file(name: str, if_none_match: list[str] | None) -> Response:
 
 
 def _answer(content: bytes, suffix: str, if_none_match: list[str] | None) -> Response:
-    headers = HEADERS | {"ETag": etag_of(content)}
-    if is_among(headers["ETag"], if_none_match or []):
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=MEDIA_TYPES[suffix])
+    return unless_known(content, MEDIA_TYPES[suffix], HEADERS, if_none_match or [])
 
 
 def _described(api: dict[str, Any]) -> str:

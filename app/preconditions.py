@@ -4,8 +4,10 @@
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+
+from starlette.responses import Response
 
 from app.errors import HttpError
 from clasp_core.errors import InvalidField
@@ -24,6 +26,16 @@ def etag_of(representation: bytes) -> str:
 def is_among(etag: str, header: Sequence[str]) -> bool:
     """Whether `If-None-Match` names this strong ETag, or a weak one of the same text."""
     return _names_any(header) or any(etag == tag for _, tag in _tags(header))
+
+
+def unless_known(
+    content: bytes, media_type: str, headers: Mapping[str, str], if_none_match: Sequence[str]
+) -> Response:
+    """An answer of this content, with its ETag; 304 in its place where `If-None-Match` names that."""
+    headers = {**headers, "ETag": etag_of(content)}
+    if is_among(headers["ETag"], if_none_match):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=media_type)
 
 
 def require(etag: str, if_match: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from app.access import (
 )
 from app.answering import Answer, EngineChanged
 from app.errors import HttpError, problem
-from app.preconditions import etag_of, is_among, operation_name, require
+from app.preconditions import etag_of, is_among, operation_name, require, unless_known
 from app.schemas import (
     GROUP_BY,
     MAX_QUERY_CHARACTERS,
@@ -380,11 +380,10 @@ def get_waveform(
     body = WaveformBody(
         start_s=round(from_s, 3), end_s=round(min(to_s, length_s), 3), peaks=peaks.round(4).tolist()
     )
-    content = body.model_dump_json()
-    headers = {"ETag": etag_of(content.encode()), "Cache-Control": "private, no-cache"}
-    if is_among(headers["ETag"], if_none_match or []):
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type="application/json")
+    kept_by_the_client = {"Cache-Control": "private, no-cache"}
+    return unless_known(
+        body.model_dump_json().encode(), "application/json", kept_by_the_client, if_none_match or []
+    )
 
 
 class _Content(FileResponse):

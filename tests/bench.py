@@ -17,12 +17,12 @@ import numpy as np
 import soundfile
 import soxr
 
+from app.samples import SAMPLES
 from clasp_core.ingest import embed_recording
 from clasp_core.models import open_model
 from tests.service import RunningService
 
 ROOT = Path(__file__).parent.parent
-SAMPLES = ROOT / "app" / "samples"
 OUT = ROOT / "bench-results"
 REPEATS = 5
 LONG_S = 3 * 3600

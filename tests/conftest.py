@@ -10,12 +10,12 @@ from uuid import uuid4
 
 import pytest
 
+from app.samples import SAMPLES
 from tests.service import RunningService
 
 # Tests run side by side; OpenMP's idle threads wait in busy loops, and take the processor from the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SAMPLES = Path(__file__).parent.parent / "app" / "samples"
 MAX_UPLOAD_BYTES = 4_000_000
 """What the shared service accepts: more than any honest file of the tests."""
 

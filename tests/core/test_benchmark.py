@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from app.samples import SAMPLES
 from clasp_core.errors import EmptyQuery, SilentAudio
 from clasp_core.evaluation import embed_manifest
 from clasp_core.metrics import known_item_ranks
 from clasp_core.models import open_model
 from tests.audio_files import encode
 
-SAMPLES = Path(__file__).parents[2] / "app" / "samples"
 IDS = ("zh-chess", "zh-luggage", "pt-fishing", "es-bread", "hi-exam", "en-bees")
 Lines = list[dict[str, Any]]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from app.samples import SAMPLES
 from clasp_core import metrics
 from clasp_core.errors import InvalidManifest
 from clasp_core.evaluation import by_clean_rules, evaluate_manifest, groups_of, pooled
@@ -18,7 +19,6 @@ from clasp_core.models import Heard, open_model
 from clasp_core.types import Waveform
 from tests.core.doubles import LetterTextEncoder, SpellingSpeechEncoder
 
-SAMPLES = Path(__file__).parent.parent.parent / "app" / "samples"
 IDS = ("en-bees", "en-volcano", "fr-lift", "zh-chess")
 LONG = "en-village-news"
 """The one sample of many segments; of which a third will do."""

@@ -10,11 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from app.samples import SAMPLES
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
 from clasp_core.spectrogram import HEIGHT, PICTURE_RATE, WIDTH, SpectrogramPictures, reference_width, render
 from tests import pictures
 
-SAMPLES = Path(__file__).parent.parent.parent / "app" / "samples"
 BEES = pictures.load(SAMPLES / "audio" / "en-bees.opus")
 EDGE_CASES = pictures.edge_cases(BEES)
 NOISE = EDGE_CASES["noise"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from app.samples import SAMPLES
 from clasp_core.errors import InvalidField, ProcessingFailed
 from clasp_core.evaluation import evaluate_manifest
 from clasp_core.mini import read_fusion
@@ -19,8 +20,6 @@ from clasp_core.training.config import DataConfig, examples_of
 from clasp_core.training.features import FeatureCache, Row
 from clasp_core.training.losses import LossConfig, Objective
 from clasp_core.training.output import run_folder
-
-SAMPLES = Path(__file__).parent.parent.parent / "app" / "samples"
 
 MINI = """
 output = "model"
