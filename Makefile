@@ -89,10 +89,8 @@ $(VENV)/audit/bin/pip-audit:
 
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.bench
-	$(BIN)/python -m tests.bench_index
-	$(BIN)/python -m tests.bench_capacity
+	$(BIN)/python -m tests.bench.capacity
 	$(BIN)/python -m tests.picture_gate
-	$(BIN)/python -m tests.bench_paper --clips 4
 
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make

@@ -1,6 +1,6 @@
 """What a library of some size needs: memory, disk, processors, machines, cost, and what gives way first.
 
-Arithmetic on measured figures: `python -m tests.bench_capacity` measures them, and what it found on one
+Arithmetic on measured figures: `python -m tests.bench.capacity` measures them, and what it found on one
 machine is in `data/capacity.json`. What is assumed rather than measured is a constant below, with its reason,
 or a default that a caller can replace. docs/capacity.md works three sizes through.
 """
@@ -50,7 +50,7 @@ MONTH_H = 730.0
 
 @dataclass(frozen=True)
 class Figures:
-    """What one machine does, by `python -m tests.bench_capacity`. Processor times are of one core."""
+    """What one machine does, by `python -m tests.bench.capacity`. Processor times are of one core."""
 
     model: str
     machine: str
@@ -77,7 +77,7 @@ class Figures:
 
 
 def read_figures(path: Path = MEASURED) -> Figures:
-    """Raises InvalidInput where the file is not one that `tests.bench_capacity` wrote."""
+    """Raises InvalidInput where the file is not one that `tests.bench.capacity` wrote."""
     try:
         return Figures(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -68,7 +68,7 @@ def capacity(
     if model != figures.model and speed is None:
         raise typer.BadParameter(
             f"--speed is needed with {model}: what was measured is {figures.model} on a CPU, and no GPU"
-            " (python -m tests.bench_paper --device cuda tells yours)"
+            " (python -m tests.bench.paper --device cuda tells yours)"
         )
     if dim is None and model not in (*DIMS, figures.model):
         raise typer.BadParameter(f"--dim is needed with {model}")

@@ -1,4 +1,4 @@
-"""`python -m tests.bench_capacity [--model mini]`: what `clasp capacity` counts with, measured here.
+"""`python -m tests.bench.capacity [--model mini]`: what `clasp capacity` counts with, measured here.
 
 Writes bench-results/capacity.json, which `clasp capacity --bench` reads; a copy, of the machine that is named
 in it, is what that verb starts from (clasp_core/data/capacity.json). Processor time rather than time by the
@@ -7,7 +7,6 @@ clock wherever that can be told, so that other work changes little. Uses the bun
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -26,8 +25,9 @@ from clasp_core.ingest import embed_recording
 from clasp_core.library import Library
 from clasp_core.models import open_model
 from clasp_core.vectors import store_for
-from tests.bench import OUT, RATE, speech
-from tests.bench_index import LIMIT, everything, speech_like
+from tests.bench.index import LIMIT, everything, speech_like
+from tests.bench.ingest import RATE, speech
+from tests.bench.measuring import OUT, ROOT, processor
 from tests.service import RunningService
 
 SEGMENTS = 10
@@ -55,12 +55,6 @@ def main() -> None:
     text = json.dumps(asdict(figures), indent=1) + "\n"
     (OUT / "capacity.json").write_text(text)
     print(text, end="")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def embedding(name: str) -> dict[str, float]:
@@ -158,7 +152,7 @@ def searching() -> dict[str, float]:
 
 def replica(folder: Path, model: str) -> dict[str, float]:
     """The service and its worker at rest, and the API's processor time for a question, on a small index."""
-    samples = sorted((Path(__file__).parent.parent / "app" / "samples" / "audio").glob("*.opus"))[:5]
+    samples = sorted((ROOT / "app" / "samples" / "audio").glob("*.opus"))[:5]
     with RunningService(folder, model=model) as service:
         service.start()
         for path in samples:

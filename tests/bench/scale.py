@@ -1,6 +1,6 @@
-"""What each kind of index costs and finds in a library of a size: `python -m tests.bench_scale`.
+"""What each kind of index costs and finds in a library of a size: `python -m tests.bench.scale`.
 
-    python -m tests.bench_scale --count 200000 --dim 384
+    python -m tests.bench.scale --count 200000 --dim 384
 
 Fills a catalogue with that many segments, ten in a recording, and lets the library make each kind of index of
 it, as a service would. One table: seconds to make it beside another (reading the catalogue, training and
@@ -145,7 +145,7 @@ def fill(folder: Path, count: int, dim: int) -> tuple[Embeddings, NDArray[np.int
 def starts(folder: Path, dim: int) -> Iterator[str]:
     """Two processes that open the library, the second while the first still has it: seconds, and memory."""
     for mapped in (False, True):
-        command = [sys.executable, "-m", "tests.bench_scale", "--open", str(folder), "--dim", str(dim)]
+        command = [sys.executable, "-m", "tests.bench.scale", "--open", str(folder), "--dim", str(dim)]
         command += ["--mapped"] if mapped else []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes = []

@@ -20,10 +20,9 @@ import soxr
 from app.samples import SAMPLES
 from clasp_core.ingest import embed_recording
 from clasp_core.models import open_model
+from tests.bench.measuring import OUT
 from tests.service import RunningService
 
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench-results"
 REPEATS = 5
 LONG_S = 3 * 3600
 RATE = 16_000

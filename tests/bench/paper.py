@@ -1,4 +1,4 @@
-"""`python -m tests.bench_paper [--device cuda] [--clips N] [--small]`: what each stage of the model costs.
+"""`python -m tests.bench.paper [--device cuda] [--clips N] [--small]`: what each stage of the model costs.
 
 The encoders have their published sizes and random weights: HuBERT-large, EfficientNet-B7, LaBSE's BERT-base
 and the fusion, about 3.4 GB on disk in a temporary folder. Clips are the bundled samples cut to 5 s, the
@@ -30,10 +30,9 @@ from clasp_core.models import PaperModel, open_model
 from clasp_core.paper import PaperBackbone, load_fusion
 from clasp_core.spectrogram import PICTURE_RATE
 from clasp_core.types import SAMPLING_RATE, Segment
+from tests.bench.measuring import OUT, ROOT
 from tests.paper_checkpoints import save_efficientnet, save_hubert, save_sentence_bert
 
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "bench-results"
 CLIP_S = 5.0
 REPEATS = 5
 TOGETHER = 8

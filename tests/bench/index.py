@@ -1,4 +1,4 @@
-"""`python -m tests.bench_index`: what a search costs in each vector store that this machine can run.
+"""`python -m tests.bench.index`: what a search costs in each vector store that this machine can run.
 
 One table: the median of single questions, questions a second in batches of 64, and seconds to fill. Both
 go through the index: nearest vectors, recordings, exact scores. One thread; results are checked to agree.
