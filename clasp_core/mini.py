@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp_core.encoders import adaptation
+from clasp_core.encoders.compiled import Compiled
 from clasp_core.encoders.e5 import E5_SMALL, END, PREFIX, E5Encoder, E5Network
 from clasp_core.encoders.efficientnet import DIM as PICTURE_DIM
 from clasp_core.encoders.efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
@@ -70,7 +71,7 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class SpeechBackbone(nn.Module):
-    """The frozen encoders of a clip: samples to `Features`.
+    """The frozen encoders of clips: samples to `Features`.
 
     On a CPU the encoders take one clip at a time, where padding costs more than batching saves; the
     decoder takes all together, since what it costs is mostly the reading of its weights.
@@ -99,18 +100,27 @@ class SpeechBackbone(nn.Module):
         return Features(*together, *padded(pictures), self.decoder.languages(together))
 
     def _pictures(self, mel: Mel) -> Sequence[Tensor]:
-        """One (tiles, 1280) a clip. The spectrogram is cut into tiles of fixed size: a clip's pictures
-        never depend on its batch."""
-        lengths = -(-mel.lengths // TILE_FRAMES)
-        rows = []
-        for values, frames, tiles in zip(mel.values, mel.lengths.tolist(), lengths.tolist(), strict=True):
-            silence = values[:, :frames].min()
-            canvas = silence.repeat(MELS, tiles * TILE_FRAMES)
-            canvas[:, :frames] = values[:, :frames]
-            rows.append(canvas.view(MELS, tiles, TILE_FRAMES).transpose(0, 1))
-        pictures = torch.cat(rows).flip(1).unsqueeze(1).expand(-1, 3, -1, -1)
-        features: Sequence[Tensor] = self.efficientnet(pictures).split(lengths.tolist())
+        """One (tiles, 1280) a clip."""
+        rows = [
+            tiles(values[:, :frames]) for values, frames in zip(mel.values, mel.lengths.tolist(), strict=True)
+        ]
+        return torch.split(self.look(torch.cat(rows)), [len(row) for row in rows])
+
+    def look(self, pictures: Tensor) -> Tensor:
+        """(tiles, 80, 96) to (tiles, 1280)."""
+        features: Tensor = self.efficientnet(pictures.unsqueeze(1).expand(-1, 3, -1, -1))
         return features
+
+
+def tiles(mel: Tensor) -> Tensor:
+    """A clip's log-mel spectrogram (80, frames) as pictures, (tiles, 80, 96), low tones below.
+
+    The last is filled up with the clip's own silence. Of fixed size, a clip's pictures never depend on its
+    batch.
+    """
+    count = -(-mel.shape[1] // TILE_FRAMES)
+    filled = F.pad(mel, (0, count * TILE_FRAMES - mel.shape[1]), value=float(mel.min()))
+    return filled.view(MELS, count, TILE_FRAMES).transpose(0, 1).flip(1)
 
 
 class _Reader(nn.Module):
@@ -139,10 +149,10 @@ class _Reader(nn.Module):
         A place that counts for less than half has the position of the one before it: repetitions of a word
         do not move the rest of the sentence. The mean of the last layer, of unit length.
         """
-        batch = len(heard)
-        prefix = len(self.before)
+        batch = heard.shape[0]
+        prefix = self.before.shape[0]
         places = prefix - 1 + ((counts > 0.5) & valid).long().cumsum(1)
-        places = places.clamp(prefix, len(self.positions) - 2)
+        places = places.clamp(prefix, self.positions.shape[0] - 2)
         positions = torch.cat(
             (
                 self.positions[:prefix].expand(batch, -1, -1),
@@ -183,8 +193,8 @@ class MiniFusion(nn.Module):
     """
 
     text_mean: Tensor
+    words: Tensor
     meanings: Tensor
-    silent: Tensor
     pieces: Tensor
     piece_ends: Tensor
 
@@ -220,8 +230,8 @@ class MiniFusion(nn.Module):
         self.register_buffer("pieces", pieces)
         self.register_buffer("piece_ends", piece_ends)
         meanings, silent = _meanings(e5, pieces, piece_ends)
-        self.register_buffer("meanings", meanings, persistent=False)
-        self.register_buffer("silent", silent, persistent=False)
+        self.register_buffer("words", decoder.words[~silent], persistent=False)
+        self.register_buffer("meanings", meanings[~silent].T.contiguous(), persistent=False)
 
     def forward(
         self,
@@ -250,10 +260,11 @@ class MiniFusion(nn.Module):
 
     def _heard(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Each window's expected meaning, (batch, n, 384), and how surely its word is the last window's."""
-        scores = states @ self.decoder.tokens[:WORDS].to(states.dtype).T
-        words = scores.float().masked_fill(self.silent, float("-inf")).softmax(2).to(states.dtype)
-        repeated = F.pad((words[:, 1:] * words[:, :-1]).sum(2).float(), (1, 0))
-        return (words @ self.meanings.to(states.dtype)).float(), repeated
+        words = F.linear(states, self.words.to(states.dtype)).float().softmax(2).to(states.dtype)
+        place = torch.arange(words.shape[1], device=words.device)
+        last = place == place[:, None] - 1
+        repeated = ((words @ words.transpose(1, 2)).float() * last).sum(2)
+        return F.linear(words, self.meanings.to(states.dtype)).float(), repeated
 
     @staticmethod
     def _pictured(features: Features, count: int) -> Tensor:
@@ -371,13 +382,32 @@ class MiniTextEncoder:
     def __init__(self, fusion: Path, models_dir: Path | None, device: torch.device) -> None:
         with safe_open(fusion, "pt") as file:
             self._mean = file.get_tensor("text_mean").float().to(device)
-        self._e5 = E5Encoder.load(E5_SMALL.locate(models_dir)).to(device)
+        self._e5 = E5Encoder.to_serve(E5_SMALL.locate(models_dir), device)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Embeddings:
         if not texts:
             return np.empty((0, DIM), np.float32)
         vectors: Embeddings = F.normalize(self._e5(texts) - self._mean, dim=1).cpu().numpy()
+        return vectors
+
+
+class _Alone(nn.Module):
+    """All that becomes of one clip after its log-mel spectrogram, in one graph, without padding."""
+
+    def __init__(self, backbone: SpeechBackbone, fusion: MiniFusion) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fusion = fusion
+
+    def forward(self, mel: Tensor, pictures: Tensor) -> Tensor:
+        """(1, 80, frames) and its `tiles` to (1, 384)."""
+        one = torch.ones(1, dtype=torch.long)
+        frames = self.backbone.whisper(Mel(mel, one * mel.shape[2]))
+        seen = self.backbone.look(pictures)[None]
+        languages = self.backbone.decoder.languages(frames)
+        features = Features(frames.values, frames.lengths, seen, one * seen.shape[1], languages)
+        vectors: Tensor = self.fusion(features).vectors
         return vectors
 
 
@@ -388,18 +418,37 @@ class MiniSpeechEncoder:
     picture_rate: int | None = None
 
     def __init__(self, fusion: Path, models_dir: Path | None, device: torch.device) -> None:
+        """On a CPU compiled, and then one clip at a time: padding would cost more than batching saves.
+
+        Raises ModelUnavailable where a part is missing, or is not computed rightly on this processor.
+        """
         backbone = SpeechBackbone(models_dir)
-        self._fusion = load_fusion(fusion, models_dir, backbone.decoder.twin()).to(device)
-        self._backbone = backbone.to(device)
-        self._together = 32 if device.type == "cuda" else 4
-        """More would hold too much: each window's words are 50,257 numbers."""
+        network = load_fusion(fusion, models_dir, backbone.decoder.twin())
+        self._log_mel = backbone.log_mel
+        self._alone: Compiled | None = None
+        if device.type == "cpu":
+            mel = torch.linspace(-1, 1, MELS * 2 * TILE_FRAMES).view(1, MELS, 2 * TILE_FRAMES)
+            self._alone = Compiled(
+                _Alone(backbone, network), (mel, tiles(mel[0])), ([-1, MELS, -1], [-1, MELS, TILE_FRAMES])
+            )
+        else:
+            self._together = backbone.to(device), network.to(device)
 
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Waveform], pictured: Sequence[Waveform] | None = None) -> Embeddings:
         vectors = np.empty((len(waveforms), DIM), np.float32)
+        if self._alone is not None:
+            for place, waveform in enumerate(waveforms):
+                mel = self._log_mel([waveform]).values
+                vectors[place] = self._alone(mel.numpy(), tiles(mel[0]).numpy())
+            return vectors
+        backbone, network = self._together
         order = sorted(range(len(waveforms)), key=lambda place: len(waveforms[place]))
-        for start in range(0, len(order), self._together):
-            places = order[start : start + self._together]
-            features = self._backbone([waveforms[place] for place in places])
-            vectors[places] = self._fusion(features).vectors.cpu().numpy()
+        for start in range(0, len(order), TOGETHER):
+            places = order[start : start + TOGETHER]
+            vectors[places] = network(backbone([waveforms[place] for place in places])).vectors.cpu().numpy()
         return vectors
+
+
+TOGETHER = 32
+"""Clips on a GPU at once. More would hold too much: each window's words are 50,257 numbers."""

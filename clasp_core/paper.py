@@ -69,7 +69,7 @@ def load_text_encoder(
     """What maps texts to rows (n, dim) as they come."""
     match system.text:
         case "e5-small":
-            return E5Encoder.load(parts["text"]).to(device)
+            return E5Encoder.to_serve(parts["text"], device)
         case "use-multilingual":
             return UseEncoder(parts["text"], parts["tokenizer"])
     return SentenceEncoder.load(parts["text"]).to(device)

@@ -20,6 +20,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clasp_core.encoders.batching import batches
+from clasp_core.encoders.compiled import Compiled
 from clasp_core.encoders.weights import PinnedWeights, Source
 
 E5_SMALL = PinnedWeights(
@@ -40,6 +42,8 @@ DIM = 384
 HEADS = 12
 LAYERS = 12
 MAX_TOKENS = 512
+PIECES_TOGETHER = 4096
+"""Pieces of texts that are read at once: more would not be faster, only hold more."""
 PREFIX, END = (0, 41, 1294, 12), (2,)
 """The pieces before a text ("<s> query:") and behind it ("</s>")."""
 _Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
@@ -76,7 +80,7 @@ class _Layer(nn.Module):
         self.fo = nn.Linear(4 * DIM, DIM)
         self.oln = nn.LayerNorm(DIM, eps=eps)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
             linear(x).view(batch, tokens, HEADS, DIM // HEADS).transpose(1, 2)
@@ -111,27 +115,69 @@ class E5Network(nn.Module):
         return cls(_read_e5s1(path)).eval().requires_grad_(False)
 
 
-class E5Encoder(E5Network):
-    """Sentences to unit vectors (n, 384). A text's vector does not depend on its batch (to 1e-4)."""
+class _Reader(nn.Module):
+    """The network from pieces' embeddings on: (batch, n, 384), all of one length, to unit vectors."""
+
+    def __init__(self, network: E5Network) -> None:
+        super().__init__()
+        self.positions, self.token_type = network.positions, network.token_type
+        self.norm, self.layers = network.norm, network.layers
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.norm(words + self.positions[: words.shape[1]] + self.token_type)
+        for layer in self.layers:
+            x = layer(x)
+        return F.normalize(x.mean(1), dim=1)
+
+
+class E5Encoder(nn.Module):
+    """Sentences to unit vectors (n, 384). Only texts of one length are read together: none is padded, and
+    none feels its neighbours.
+    """
 
     def __init__(self, contents: "_Contents") -> None:
-        super().__init__(contents)
+        super().__init__()
+        network = E5Network(contents)
+        self.words = network.words
+        self._reader: _Reader | Compiled = _Reader(network)
         self.tokenizer = contents.tokenizer()
         self.character_map = contents.character_map()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Pretrained, from an "E5S1" file, in eval mode."""
+        return cls(_read_e5s1(path)).eval().requires_grad_(False)
+
+    @classmethod
+    def to_serve(cls, path: Path, device: torch.device) -> Self:
+        """Pretrained, on that device; compiled where it is the CPU.
+
+        Raises ModelUnavailable as `Compiled` does.
+        """
+        encoder = cls.load(path)
+        if device.type != "cpu":
+            return encoder.to(device)
+        reader = encoder._reader
+        assert isinstance(reader, _Reader)
+        example = encoder.words(torch.arange(100, 108).view(1, 8))
+        del encoder._reader  # a module; what takes its place is none
+        encoder._reader = Compiled(reader, (example,), ([-1, -1, DIM],))
+        return encoder
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Texts without prefix: "query: " is put before each, the model's advice for symmetric tasks."""
         encodings = self.tokenizer.encode_batch([self.prepared(f"query: {text}") for text in texts])
-        device = self.token_type.device
-        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
-        valid = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
-        x = self.norm(self.words(ids) + self.positions[: ids.shape[1]] + self.token_type)
-        mask = valid[:, None, None, :].bool()
-        for layer in self.layers:
-            x = layer(x, mask)
-        weights = valid.unsqueeze(-1).float()
-        return F.normalize((x * weights).sum(1) / weights.sum(1), dim=1)
+        ids = [encoding.ids for encoding in encodings]
+        device = self.words.scales.device
+        vectors = torch.empty(len(ids), DIM, device=device)
+        for places in batches([len(some) for some in ids], PIECES_TOGETHER, equal=True):
+            words = self.words(torch.tensor([ids[place] for place in places], device=device))
+            if isinstance(self._reader, Compiled):
+                vectors[places] = torch.from_numpy(self._reader(words.numpy()))
+            else:
+                vectors[places] = self._reader(words)
+        return vectors
 
     def prepared(self, text: str) -> str:
         """XLM-R's character normalisation, which its tokenizer expects to have happened."""
@@ -165,7 +211,6 @@ class _Contents:
             single="<s> $A </s>", special_tokens=[("<s>", PREFIX[0]), ("</s>", *END)]
         )
         tokenizer.enable_truncation(MAX_TOKENS)
-        tokenizer.enable_padding(pad_id=1, pad_token="<pad>")  # noqa: S106 - not a password
         return tokenizer
 
     def character_map(self) -> dict[int, str]:

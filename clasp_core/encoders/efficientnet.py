@@ -47,8 +47,8 @@ class _SameConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
         for size, kernel, stride in zip(
-            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
+            map(int, x.shape[:1:-1]), self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):  # ints: pictures are of one size, which a compiled network need not ask for again
             total = max(0, (math.ceil(size / stride) - 1) * stride + kernel - size)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))

@@ -25,7 +25,8 @@ HEADS = DIM // HEAD_DIM
 WORDS = 50_257
 """Tokens of text; the others of the 51,865 are languages, tasks and times."""
 LANGUAGES = 99
-_START, _FIRST_LANGUAGE, _TRANSCRIBE, _NO_TIMES = 50_258, 50_259, 50_359, 50_363
+_START, _FIRST_LANGUAGE, _TRANSCRIBE, _NO_TIMES = 1, 2, 102, 106
+"""Places behind the words."""
 
 STRIDE = 10
 """Frames (20 ms each) from one window to the next."""
@@ -38,9 +39,6 @@ class Windows(NamedTuple):
 
     values: Tensor
     lengths: Tensor
-
-
-KeysValues = tuple[Tensor, Tensor]
 
 
 class _Block(nn.Module):
@@ -59,48 +57,94 @@ class _Block(nn.Module):
         self.mlp_in = nn.Linear(DIM, 4 * DIM)
         self.mlp_out = nn.Linear(4 * DIM, DIM)
 
-    def heard(self, frames: Tensor) -> KeysValues:
-        """Keys and values of the frames, each (batch, heads, frames, 64)."""
-        batch, count, _ = frames.shape
-        key, value = (
-            self.cross_key_value(frames).view(batch, count, 2, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
-        )
-        return key, value
+    def forward(self, x: Tensor, among: Tensor | None, scenes: "Sequence[_Scene]") -> Tensor:
+        """`among` (tokens, tokens) says which tokens attend to which; None: each to itself. The tokens hear
+        one scene after the other, as many as each scene says.
 
-    def forward(self, x: Tensor, among: Tensor | None, heard: KeysValues, within: Tensor) -> Tensor:
-        """`among` (tokens, tokens) and `within` (batch, tokens or 1, frames) say what may be attended to."""
+        Few tokens hear many frames. So not every frame is made a key and a value: queries are taken to the
+        frames instead, through the keys' weights, and what is heard goes through the values' weights. That is
+        the same product in another order; a bias of keys adds the same to all frames, and so nothing.
+        """
         batch, tokens, _ = x.shape
-        qkv = self.self_qkv(self.self_norm(x)).view(batch, tokens, 3, HEADS, HEAD_DIM)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=among)
-        x = x + self.self_out(attended.transpose(1, 2).reshape(batch, tokens, DIM))
-        query = self.cross_query(self.cross_norm(x)).view(batch, tokens, HEADS, HEAD_DIM).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, *heard, attn_mask=within[:, None])
-        x = x + self.cross_out(attended.transpose(1, 2).reshape(batch, tokens, DIM))
+        query, key, value = self.self_qkv(self.self_norm(x)).chunk(3, dim=2)
+        if among is not None:
+            query, key, value = (
+                part.view(batch, tokens, HEADS, HEAD_DIM).transpose(1, 2) for part in (query, key, value)
+            )
+            value = F.scaled_dot_product_attention(query, key, value, attn_mask=among)
+            value = value.transpose(1, 2).reshape(batch, tokens, DIM)
+        x = x + self.self_out(value)
+        keys, values = self.cross_key_value.weight.to(x.dtype).view(2, HEADS, HEAD_DIM, DIM)
+        query = self.cross_query(self.cross_norm(x)) * HEAD_DIM**-0.5
+        query = query.view(batch * tokens, HEADS, HEAD_DIM).transpose(0, 1)
+        sought = (query @ keys).view(HEADS, batch, tokens, DIM).transpose(0, 1)
+        parts = sought.split([scene.tokens for scene in scenes], dim=2)
+        heard = torch.cat([scene(part) for scene, part in zip(scenes, parts, strict=True)], dim=2)
+        heard = heard.transpose(0, 1).reshape(HEADS, batch * tokens, DIM) @ values.transpose(1, 2)
+        heard = heard.transpose(0, 1).reshape(batch, tokens, DIM) + self.cross_key_value.bias[DIM:]
+        x = x + self.cross_out(heard)
         mixed: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return x + mixed
+
+
+class _Clip:
+    """What tokens hear that hear the whole clip: frames (batch, n, 512), of which `valid` (batch, n)."""
+
+    def __init__(self, tokens: int, frames: Tensor, valid: Tensor) -> None:
+        self.tokens = tokens
+        self._frames = frames
+        self._kept = valid[:, None]
+
+    def __call__(self, sought: Tensor) -> Tensor:
+        """Means of the frames, (batch, heads, tokens, 512), as sought (the same shape)."""
+        rows = sought.flatten(1, 2)
+        scores = (rows @ self._frames.transpose(1, 2)).masked_fill(~self._kept, _NEVER)
+        return (scores.softmax(2) @ self._frames).view(sought.shape)
+
+
+class _Windows:
+    """What tokens hear that each hear a window of the clip."""
+
+    def __init__(self, windows: int, frames: Tensor, valid: Tensor) -> None:
+        self.tokens = windows
+        behind = (windows - 1) * STRIDE + AFTER - frames.shape[1]
+        self._frames = F.pad(frames, (0, 0, BEFORE, behind)).unfold(1, BEFORE + AFTER, STRIDE).contiguous()
+        """(batch, windows, 512, 40)"""
+        kept = F.pad(valid, (BEFORE, behind)).unfold(1, BEFORE + AFTER, STRIDE)
+        self._kept = kept[:, :, None]
+
+    def __call__(self, sought: Tensor) -> Tensor:
+        scores = (sought.transpose(1, 2) @ self._frames).masked_fill(~self._kept, _NEVER)
+        return (scores.softmax(3) @ self._frames.transpose(2, 3)).transpose(1, 2)
+
+
+_Scene = _Clip | _Windows
+_NEVER = -1e4
+"""A score without a share; finite, so that a window beyond a clip's end, which hears nothing, is no NaN."""
 
 
 class WindowDecoder(nn.Module):
     """Frames of the encoder (batch, n, 512) to states (batch, ceil(n / 10), 512), one per window."""
 
     positions: Tensor
-    tokens: Tensor
+    words: Tensor
+    marks: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("tokens", torch.zeros(51_865, DIM), persistent=False)
+        self.register_buffer("words", torch.zeros(WORDS, DIM), persistent=False)
+        self.register_buffer("marks", torch.zeros(51_865 - WORDS, DIM), persistent=False)
         self.register_buffer("positions", torch.zeros(448, DIM), persistent=False)
         self.blocks = nn.ModuleList(_Block() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(DIM)
 
     def languages(self, frames: Frames) -> Tensor:
         """How likely each of Whisper's 99 languages is for each clip as a whole, (batch, 99)."""
-        x = (self.tokens[_START] + self.positions[0]).expand(len(frames.values), 1, DIM)
-        within = _valid(frames)[:, None, :]
+        x = (self.marks[_START] + self.positions[0]).expand(frames.values.shape[0], 1, DIM)
+        clip = _Clip(1, frames.values, _valid(frames))
         for block in self._blocks():
-            x = block(x, None, block.heard(frames.values), within)
-        scores = self.norm(x)[:, 0] @ self.tokens[_FIRST_LANGUAGE : _FIRST_LANGUAGE + LANGUAGES].T
+            x = block(x, None, [clip])
+        scores = self.norm(x)[:, 0] @ self.marks[_FIRST_LANGUAGE : _FIRST_LANGUAGE + LANGUAGES].T
         likely: Tensor = scores.float().softmax(1)
         return likely
 
@@ -111,37 +155,30 @@ class WindowDecoder(nn.Module):
         """The prompt hears the whole clip, in a mixture of `languages` (batch, 99); a window its own part."""
         values, lengths = frames
         batch, count, _ = values.shape
-        windows = -(-count // STRIDE)
-        tongue = languages.to(self.tokens.dtype) @ self.tokens[_FIRST_LANGUAGE : _FIRST_LANGUAGE + LANGUAGES]
+        windows = (count + STRIDE - 1) // STRIDE
+        tongue = languages.to(self.marks.dtype) @ self.marks[_FIRST_LANGUAGE : _FIRST_LANGUAGE + LANGUAGES]
         prompt = torch.stack(
             (
-                (self.tokens[_START] + self.positions[0]).expand(batch, DIM),
+                (self.marks[_START] + self.positions[0]).expand(batch, DIM),
                 tongue + self.positions[1],
-                (self.tokens[_TRANSCRIBE] + self.positions[2]).expand(batch, DIM),
+                (self.marks[_TRANSCRIBE] + self.positions[2]).expand(batch, DIM),
             ),
             dim=1,
         )
-        asked = (self.tokens[_NO_TIMES] + self.positions[3]).expand(batch, windows, DIM)
+        asked = (self.marks[_NO_TIMES] + self.positions[3]).expand(batch, windows, DIM)
         x = torch.cat((prompt, asked), dim=1)
-        device = values.device
-        among = torch.eye(3 + windows, dtype=torch.bool, device=device)
-        among[3:, :3] = True
-        among[:3, :3] = torch.ones(3, 3, dtype=torch.bool, device=device).tril()
+        place = torch.arange(3 + windows, device=values.device)
+        among = place[:, None] == place  # itself,
+        among = among | ((place < 3) & (place <= place[:, None]))  # and what of the prompt came before
         valid = _valid(frames)
-        at = torch.arange(count, device=device)
-        starts = STRIDE * torch.arange(windows, device=device)[:, None]
-        reached = (at >= starts - BEFORE) & (at < starts + AFTER)
-        within = torch.cat((valid[:, None].expand(batch, 3, count), reached[None] & valid[:, None]), dim=1)
-        within = within | ~within.any(
-            2, keepdim=True
-        )  # padding windows attend to anything rather than nothing
+        scenes = [_Clip(3, values, valid), _Windows(windows, values, valid)]
         for block in self._blocks():
-            x = block(x, among, block.heard(values), within)
-        return Windows(self.norm(x)[:, 3:], -(-lengths // STRIDE))
+            x = block(x, among, scenes)
+        return Windows(self.norm(x)[:, 3:], (lengths + STRIDE - 1) // STRIDE)
 
     def twin(self) -> "WindowDecoder":
         """Another with these weights, to be changed; the tables, which never are, are shared."""
-        return copy.deepcopy(self, {id(table): table for table in (self.tokens, self.positions)})
+        return copy.deepcopy(self, {id(table): table for table in (self.words, self.marks, self.positions)})
 
     @classmethod
     def load(cls, halves: Sequence[Path]) -> "WindowDecoder":
@@ -153,7 +190,8 @@ class WindowDecoder(nn.Module):
         variables = read_variables(data, 4 + 2 + name + 8, "decoder/")
         with torch.device("meta"):  # weights that are replaced at once need no beginning
             decoder = cls()
-        decoder.tokens = variables["embeddings/weight"]
+        tokens = variables["embeddings/weight"]
+        decoder.words, decoder.marks = tokens[:WORDS], tokens[WORDS:]
         decoder.positions = variables["position_encodings/encodings"]
         decoder.load_state_dict(_state_dict(variables), assign=True)
         return decoder.eval().requires_grad_(False)

@@ -242,7 +242,7 @@ class MiniTask:
         places = torch.tensor([place for place, _ in batch], device=device)
         loss: Tensor = objective(read.vectors, places)
         words = [sentences[place].words for place, _ in batch]
-        return loss + model.words_weight * _words_loss(read, words, self._fusion.decoder.tokens)
+        return loss + model.words_weight * _words_loss(read, words, self._fusion.decoder.words)
 
     def validate(self) -> Mapping[str, float]:
         """Over the held-out clips as spoken: the loss, a batch at a time, and text-to-speech figures."""

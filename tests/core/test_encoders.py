@@ -23,11 +23,10 @@ from clasp_core.encoders.whisper import (
     LogMel,
     WhisperEncoder,
 )
-from clasp_core.encoders.whisper_decoder import WORDS
 from clasp_core.errors import ModelUnavailable, WeightsMismatch
 from clasp_core.mini import SpeechBackbone, build_fusion, load_fusion, read_fusion, save_fusion
 from clasp_core.models import open_model
-from tests.golden.make import GOLDEN, SENTENCES, encoder_values, sample
+from tests.golden.make import GOLDEN, SENTENCES, encoder_values, plain_speech, sample
 
 ALL = (WHISPER_BASE, EFFICIENTNET_LITE0, E5_SMALL)
 
@@ -71,6 +70,17 @@ def test_a_clip_does_not_feel_its_batch(backbone: SpeechBackbone) -> None:
             difference = (batch[place, :count] - single[0]).abs().max()
             assert difference <= 1e-4 * single.abs().max()
             assert not batch[place, count:].any(), "padding must stay zero"
+
+
+def test_compiled_networks_say_what_plain_ones_say(e5: E5Encoder) -> None:
+    """What serves on a CPU is compiled, and may round to 16 bits: vectors stored by a GPU, by an older
+    release or by another processor must still be found by it. 0.999 is what rounding is allowed to cost.
+    """
+    compiled, plain = open_model("mini").speech_encoder().encode(clips()), plain_speech(clips())
+    assert (compiled * plain).sum(1).min() >= 0.999
+    texts = [*SENTENCES, "", "a" * 3000]
+    served = E5Encoder.to_serve(E5_SMALL.locate(None), torch.device("cpu"))(texts)
+    assert (served * e5(texts)).sum(1).min() >= 0.999
 
 
 def test_vectors_do_not_feel_their_batch() -> None:
@@ -202,7 +212,7 @@ def test_windows_hear_the_words(backbone: SpeechBackbone) -> None:
     languages = backbone.decoder.languages(frames)
     assert tokenizer.id_to_token(50_259 + int(languages[0].argmax())) == "<|en|>"
     states = backbone.decoder(frames, languages).values[0]
-    likely = (states @ backbone.decoder.tokens[:WORDS].T).softmax(1).max(1)
+    likely = (states @ backbone.decoder.words.T).softmax(1).max(1)
     heard = {
         tokenizer.decode([token]).strip().lower()
         for token, share in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)

@@ -9,6 +9,7 @@ openapi.json: the API's description.
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,25 @@ def encoder_values() -> dict[str, list[float]]:
             "efficientnet": EfficientNetLite0.load(EFFICIENTNET_LITE0.locate(None)).classify(picture),
             "e5": E5Encoder.load(E5_SMALL.locate(None))(SENTENCES),
             "mini_text": model.text_encoder().encode(SENTENCES),
-            "mini_speech": model.speech_encoder().encode([sample()]),
+            "mini_speech": plain_speech([sample()]),
         }
     return {name: _five(np.asarray(output)) for name, output in outputs.items()}
+
+
+def plain_speech(waveforms: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """`mini`'s vectors by torch in float32: what those of compiled networks must be close to."""
+    import torch
+
+    from clasp_core.mini import SpeechBackbone, load_fusion
+    from clasp_core.models import MiniModel, open_model
+
+    mini = open_model("mini")
+    assert isinstance(mini, MiniModel)
+    backbone = SpeechBackbone(None)
+    fusion = load_fusion(mini.fusion, None, backbone.decoder.twin())
+    with torch.inference_mode():
+        vectors: NDArray[np.float32] = fusion(backbone(waveforms)).vectors.numpy()
+    return vectors
 
 
 def _five(values: NDArray[np.float32]) -> list[float]:
