@@ -26,7 +26,7 @@ _Values: TypeAlias = NDArray[np.float32]
 CLOSE = 0.99
 """Cosine with the torch module's output that a compiled network must reach on its example: rounding costs
 less than 0.001, a compiler's mistake all of it."""
-SHAPES = 64
+SHAPES = 16
 """Kernels are kept for so many shapes of input: speech comes in hundreds of lengths, and each would stay."""
 
 

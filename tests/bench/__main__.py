@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench.measuring import OUT, ROOT, WORSE, Curve, Result, Row, changes, document, read, table
 
 KEPT = ROOT / "docs" / "measured"
-PARTS = ("ingest", "query", "index", "growth", "paper")
+PARTS = ("encoders", "ingest", "query", "index", "growth", "paper")
 """Modules of this package: each has `measure(full)`, which yields rows and curves as they come."""
 
 

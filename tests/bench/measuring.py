@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -230,3 +231,8 @@ def changes(then: Iterable[Result], now: Iterable[Result]) -> list[Change]:
                 worse = b / a - 1 if row.better == "lower" else a / b - 1
                 found.append(Change(row.name + label, a, b, worse))
     return sorted(found, key=lambda change: -change.worse)
+
+
+def absent(package: str) -> None:
+    """Say that rows of a rival are left out."""
+    print(f"{package} is not installed: its rows are left out", file=sys.stderr)
