@@ -104,8 +104,8 @@ def _network() -> _Network:
 
 
 def _tensor(data: bytes, name: str, count: int) -> Tensor | None:
-    """`count` float32 numbers of that name in a file of ONNX's, which is a protocol buffer: field 8 of a tensor
-    is its name, field 9, right behind, its bytes. The last of that name is the network's for 16 kHz."""
+    """`count` float32 numbers of that name in a file of ONNX's, a protocol buffer: field 8 of a tensor is its
+    name, field 9, right behind, its bytes. The last of that name is the network's for 16 kHz."""
     size = 4 * count
     mark = b"\x42" + bytes([len(name)]) + name.encode() + b"\x4a" + _varint(size)
     at = data.rfind(mark)
