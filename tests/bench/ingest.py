@@ -168,7 +168,7 @@ def embed(encoder: SpeechEncoder, waveforms: Sequence[Waveform]) -> None:
 
 
 class _ThroughService:
-    """Uploads over HTTP, one after the other; from the first until all are ready. One worker, idle before; each
+    """Uploads over HTTP, one after the other, and the wait until all are ready. One worker, idle before; each
     round has a collection of its own."""
 
     def __init__(self, service: RunningService, contents: Sequence[bytes]) -> None:
@@ -206,7 +206,7 @@ class _Spent:
 
 @dataclass
 class _Alone:
-    """A library of a notebook's: leased, verified, decoded in a confined process, cut, embedded, committed."""
+    """A library without a service: leased, verified, decoded confined, cut, embedded, committed."""
 
     folder: Path
     model: Model
