@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -127,7 +128,8 @@ class Ingester:
     """Embeds a library's pending recordings, or those of another queue that are to have the library's model.
 
     Use from one thread; `stop` may be called from any. `alive` is called at each look at the queue, after
-    each batch of segments, and while results wait for room: silent for minutes, it hangs.
+    each batch of segments, and while results wait for room: silent for minutes, it hangs. Both it and
+    `observe` may be called on another thread, one at a time.
     """
 
     def __init__(
@@ -149,7 +151,8 @@ class Ingester:
         self._max_duration_s = max_duration_s
         self._segmenting = segmenting or SegmentConfig()
         self._observe = observe
-        self._alive = alive
+        self._tell_alive = alive
+        self._telling = threading.Lock()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -205,6 +208,10 @@ class Ingester:
                 self._stopping.wait(AFTER_FAILURE_S)
         return len(leased)
 
+    def _alive(self) -> None:
+        with self._telling:
+            self._tell_alive()
+
     def _more(self) -> list[Recording]:
         """What else waits, and nobody died of, for an encoder that is at work already."""
         with suppress(DiskFull, DatabaseUnavailable, DataMismatch):  # the next step will tell
@@ -237,11 +244,13 @@ class Ingester:
 
     def _process(self, leased: Sequence[Recording], *, on: bool) -> int:
         """Segments of all recordings flow through the encoder together, in order; memory holds two batches of
-        them. A recording is committed as soon as its last segment is embedded. The number of those begun.
+        them. A recording is committed as soon as its last segment is embedded, on a thread of its own: what
+        waits for a disk does not keep the encoder waiting. The number of those begun.
         """
         begun: list[_Job] = []
         open_jobs: deque[_Job] = deque()
         timings = Timings()
+        committed: Future[None] | None = None
 
         def jobs() -> Iterator[_Job]:
             some = leased
@@ -253,7 +262,15 @@ class Ingester:
                     yield job
                 some = self._more() if on else []
 
-        with span("ingest", recordings=len(leased)), closing(_ahead(self._cut(jobs()))) as batches:
+        def finished() -> Iterator[_Job]:
+            while open_jobs and open_jobs[0].ended and len(open_jobs[0].segments) == open_jobs[0].cut:
+                yield open_jobs.popleft()
+
+        with (
+            span("ingest", recordings=len(leased)),
+            ThreadPoolExecutor(1, "committer") as aside,
+            closing(_ahead(self._cut(jobs()))) as batches,
+        ):
             for batch in batches:
                 if batch:
                     mark = time.perf_counter()
@@ -269,17 +286,16 @@ class Ingester:
                 self._alive()
                 if self._stopping.is_set():
                     break
-                while open_jobs and open_jobs[0].ended and len(open_jobs[0].segments) == open_jobs[0].cut:
-                    self._commit(open_jobs.popleft(), timings)
-                if timings.recordings:
-                    self._observe(timings)
+                if done := list(finished()):
+                    if committed is not None:
+                        committed.result()
+                    context = contextvars.copy_context()
+                    committed = aside.submit(context.run, self._commit_all, done, timings)
                     timings = Timings()
-            else:
-                while open_jobs:
-                    self._commit(open_jobs.popleft(), timings)
+            if committed is not None:
+                committed.result()
+            self._commit_all(finished(), timings)
         self._written(lambda: self._queue.release(self.owner))
-        if timings.recordings or timings.batches:
-            self._observe(timings)
         return len(begun)
 
     def _cut(self, jobs: Iterator[_Job]) -> Iterator[list[tuple[_Job, Segment]]]:
@@ -332,6 +348,12 @@ class Ingester:
         except FileNotFoundError:
             job.error = ProcessingFailed("The stored bytes of this recording are missing; upload it again.")
         record("decode", began, time.perf_counter(), recording=job.recording.id)
+
+    def _commit_all(self, jobs: Iterable[_Job], timings: Timings) -> None:
+        for job in jobs:
+            self._commit(job, timings)
+        if timings.recordings or timings.batches:
+            self._observe(timings)
 
     def _commit(self, job: _Job, timings: Timings) -> None:
         mark = time.perf_counter()

@@ -200,8 +200,9 @@ class NotebookWay:
     extract-pretrained-embeddings.ipynb, cell 279), every clip by itself, all in float32.
 
     librosa reads and resamples the file twice; matplotlib draws the picture, which is written as PNG, read
-    back and shown to torchvision's EfficientNet as it is; HuBERT is transformers'. The two embeddings are brought to unit
-    length before the fusion, as the final model needs (the notebook says so, and leaves it out).
+    back and shown to torchvision's EfficientNet as it is; HuBERT is transformers'. Both embeddings are
+    brought to unit length before the fusion, as the final model needs (the notebook says so, and leaves
+    it out).
     """
 
     def __init__(self, parts: Mapping[str, Path], system: System, device: torch.device) -> None:
