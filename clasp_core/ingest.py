@@ -285,6 +285,7 @@ class Ingester:
                     timings.embed += time.perf_counter() - mark
                 self._alive()
                 if self._stopping.is_set():
+                    open_jobs.clear()  # given back
                     break
                 if done := list(finished()):
                     if committed is not None:
@@ -299,22 +300,22 @@ class Ingester:
         return len(begun)
 
     def _cut(self, jobs: Iterator[_Job]) -> Iterator[list[tuple[_Job, Segment]]]:
-        """The segments of jobs, as many together as are embedded at once; fewer, even none, after as many
-        recordings, which may all be damaged, and at the end."""
+        """The segments of jobs, as many together as are embedded at once; fewer, even none, at the end and
+        after as many recordings that have none, which wait to be told so."""
         batch: list[tuple[_Job, Segment]] = []
-        ended = 0
+        without = 0
         for job in jobs:
             for segment in self._segments(job):
                 job.cut += 1
                 batch.append((job, segment))
                 if len(batch) == TOGETHER:
                     yield batch
-                    batch, ended = [], 0
+                    batch, without = [], 0
             job.ended = True
-            ended += 1
-            if ended == TOGETHER:
+            without += not job.cut
+            if without == TOGETHER:
                 yield batch
-                batch, ended = [], 0
+                batch, without = [], 0
         if batch:
             yield batch
 

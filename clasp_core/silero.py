@@ -54,26 +54,27 @@ class VoiceActivity:
 
 class _Network(nn.Module):
     """Magnitudes of the spectrum, four convolutions, an LSTM. Its short-time Fourier transform, a
-    convolution in the file, is that with a Hann window, and computed as such."""
+    convolution in the file, is that with a Hann window, and computed as such. The convolutions, over four
+    places and fewer, are matrix products: faster, and without kernels of oneDNN's, which remembers few
+    (docs/decisions.md).
+    """
 
     window: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(_WINDOW))
-        self.convolutions = nn.ModuleList(
-            nn.Conv1d(inner, outer, 3, stride, padding=1) for inner, outer, stride in _CONVOLUTIONS
-        )
+        self.convolutions = nn.ModuleList(nn.Linear(3 * inner, outer) for inner, outer, _ in _CONVOLUTIONS)
         self.recurrence = nn.LSTM(_WIDTH, _WIDTH)
         self.out = nn.Linear(_WIDTH, 1)
 
     def forward(self, frames: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Probabilities (n,) of frames (n, 576) in a row, and the state after them."""
         padded = F.pad(frames, (0, _WINDOW - _CONTEXT - _HOP), mode="reflect")
-        x = torch.fft.rfft(padded.unfold(1, _WINDOW, _HOP) * self.window).abs().transpose(1, 2)
-        for convolution in self.convolutions:
-            x = F.relu(convolution(x))
-        heard, state = self.recurrence(x.transpose(1, 2), state)
+        x = torch.fft.rfft(padded.unfold(1, _WINDOW, _HOP) * self.window).abs()
+        for convolution, (_, _, stride) in zip(self.convolutions, _CONVOLUTIONS, strict=True):
+            x = F.relu(convolution(F.pad(x, (0, 0, 1, 1)).unfold(1, 3, stride).flatten(2)))
+        heard, state = self.recurrence(x, state)
         return torch.sigmoid(self.out(F.relu(heard[:, 0])))[:, 0], state
 
 
