@@ -115,7 +115,7 @@ class FileIndexer:
                 self._enter(path, size)
             while self._waiting and not self._stopping.is_set():
                 self._ingester = self._ingester or self._new_ingester()
-                worked = self._ingester.step()
+                worked = self._ingester.step(on=True)
                 self._look()
                 if not worked and self._waiting:
                     self._stopping.wait(0.1)  # another worker has what is left

@@ -609,12 +609,21 @@ class Catalog:
 
     # --- jobs
 
-    def lease(self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None) -> list[Recording]:
+    def lease(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        lease_s: Seconds,
+        model: str | None = None,
+        suspects: bool = True,
+    ) -> list[Recording]:
         """Take up to `limit` recordings to process; `processing` and ours until the lease runs out.
 
         A recording whose worker died is leased alone, and after those that no worker died of: one that
         kills its worker takes no others with it, and a worker that is killed again and again does not
         spend all attempts of one recording; after MAX_ATTEMPTS such deaths it fails with `processing_failed`.
+        Without `suspects` none of those is given: for who is at work on others.
         Raises DataMismatch where `model`, the one whose vectors are to be made, is not the active one.
         """
         with self.database.writing() as db:
@@ -626,7 +635,7 @@ class Catalog:
                 )
             if exists(db, MODELS.c.hold_until > time.time()):  # a switch is near, or was just now
                 return []
-            return leased(db, self._jobs.lease(db, owner, limit, lease_s))
+            return leased(db, self._jobs.lease(db, owner, limit, lease_s, suspects))
 
     def extend_leases(self, owner: str, lease_s: Seconds) -> None:
         """Say that `owner` is alive and still at work on everything it leased."""

@@ -9,7 +9,9 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +29,7 @@ from clasp_core.errors import (
     ClaspError,
     DatabaseUnavailable,
     DataDamaged,
+    DataMismatch,
     DiskFull,
     InvalidAudio,
     NotReady,
@@ -59,7 +62,7 @@ TOGETHER = 8
 
 @dataclass(slots=True)
 class Timings:
-    """What the recordings of one lease cost: seconds of work in each stage, and how much there was to do.
+    """What some recordings cost: seconds of work in each stage, and how much there was to do.
 
     Decoding and segmenting run beside embedding, so together the stages may be longer than it took.
     """
@@ -86,13 +89,25 @@ class _Job:
     peaks: PeakMeter = field(default_factory=PeakMeter)
     samples: int = 0
     error: ClaspError | None = None
+    cut: int = 0
+    """Segments that were made of it so far."""
+    ended: bool = False
+    """Whether there will be no more."""
+    decode: Seconds = 0.0
+    segment: Seconds = 0.0
 
 
 class Queue(Protocol):
     """Where an `Ingester` gets recordings and leaves what it made of them: see `Catalog`."""
 
     def lease(
-        self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None
+        self,
+        owner: str,
+        *,
+        limit: int,
+        lease_s: Seconds,
+        model: str | None = None,
+        suspects: bool = True,
     ) -> list[Recording]: ...
     def extend_leases(self, owner: str, lease_s: Seconds) -> None: ...
     def release(self, owner: str, *, died: bool = False) -> None: ...
@@ -113,7 +128,8 @@ class Ingester:
     """Embeds a library's pending recordings, or those of another queue that are to have the library's model.
 
     Use from one thread; `stop` may be called from any. `alive` is called at each look at the queue, after
-    each batch of segments, and while results wait for room: silent for minutes, it hangs.
+    each batch of segments, and while results wait for room: silent for minutes, it hangs. Both it and
+    `observe` may be called on another thread, one at a time.
     """
 
     def __init__(
@@ -135,7 +151,8 @@ class Ingester:
         self._max_duration_s = max_duration_s
         self._segmenting = segmenting or SegmentConfig()
         self._observe = observe
-        self._alive = alive
+        self._tell_alive = alive
+        self._telling = threading.Lock()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -145,11 +162,14 @@ class Ingester:
     def run(self, poll_s: Seconds = 0.2) -> None:
         """Process recordings as they come, until stopped. Raises as `step` does."""
         while not self._stopping.is_set():
-            if not self.step():
+            if not self.step(on=True):
                 self._library.catalog.wait_for_work(self._stopping, poll_s)
 
-    def step(self) -> int:
+    def step(self, *, on: bool = False) -> int:
         """Process what one lease gives; the number of recordings finished (0: none was waiting).
+
+        To go `on` is to lease more meanwhile, as long as something waits: so that the next recordings are
+        decoded already when the encoder has done with these.
 
         Raises DataMismatch where the library has another model by now.
         """
@@ -166,7 +186,9 @@ class Ingester:
         fault("ingest.leased")
         with _Heartbeat(self._extend, LEASE_S / 4):
             try:
-                self._process([_Job(recording) for recording in leased])
+                # what its worker died of before is tried alone
+                alone = any(recording.attempts > 1 for recording in leased)
+                return self._process(leased, on=on and not alone)
             except (DiskFull, DatabaseUnavailable):
                 return 0  # stopped before there was room, or a database; the leases run out
             except StoreUnavailable as error:
@@ -185,6 +207,18 @@ class Ingester:
                 self._written(lambda: self._queue.release(self.owner, died=True))
                 self._stopping.wait(AFTER_FAILURE_S)
         return len(leased)
+
+    def _alive(self) -> None:
+        with self._telling:
+            self._tell_alive()
+
+    def _more(self) -> list[Recording]:
+        """What else waits, and nobody died of, for an encoder that is at work already."""
+        with suppress(DiskFull, DatabaseUnavailable, DataMismatch):  # the next step will tell
+            return self._queue.lease(
+                self.owner, limit=TOGETHER, lease_s=LEASE_S, model=self._library.model, suspects=False
+            )
+        return []
 
     def _written(self, write: Callable[[], T]) -> T:
         """What `write` gives, once there is room for it, and a database: a full disk is no reason to lose
@@ -208,50 +242,93 @@ class Ingester:
         with suppress(DiskFull, DatabaseUnavailable):
             self._queue.extend_leases(self.owner, LEASE_S)
 
-    def _process(self, jobs: list[_Job]) -> None:
-        """Segments of all jobs flow through the encoder together, in order; memory holds two batches of them.
-
-        A job is committed as soon as the stream has passed it, so none waits for a long one behind it.
+    def _process(self, leased: Sequence[Recording], *, on: bool) -> int:
+        """Segments of all recordings flow through the encoder together, in order; memory holds two batches of
+        them. A recording is committed as soon as its last segment is embedded, on a thread of its own: what
+        waits for a disk does not keep the encoder waiting. The number of those begun.
         """
-        timings = Timings(recordings=len(jobs))
-        committed = 0
-        segments = (pair for job in jobs for pair in self._segments(job, timings))
-        with span("ingest", recordings=len(jobs)), closing(_ahead(_batches(segments))) as batches:
-            for batch in batches:
-                mark = time.perf_counter()
-                fault("ingest.decoded")
-                langs = [job.recording.lang for job, _ in batch]
-                with span("embed", segments=len(batch)):
-                    embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
-                for (job, _), segment in zip(batch, embedded, strict=True):
-                    job.segments.append(segment)
-                fault("ingest.embedded")
-                self._alive()
-                timings.batches.append(len(batch))
-                timings.embed += time.perf_counter() - mark
-                if self._stopping.is_set():
-                    break
-                current = jobs.index(batch[-1][0])
-                for job in jobs[committed:current]:
-                    self._commit(job, timings)
-                committed = current
-            else:
-                for job in jobs[committed:]:
-                    self._commit(job, timings)
-        self._written(lambda: self._queue.release(self.owner))
-        timings.audio = sum(job.samples for job in jobs) / SAMPLING_RATE
-        self._observe(timings)
+        begun: list[_Job] = []
+        open_jobs: deque[_Job] = deque()
+        timings = Timings()
+        committed: Future[None] | None = None
 
-    def _segments(self, job: _Job, timings: Timings) -> Iterator[tuple[_Job, Segment]]:
+        def jobs() -> Iterator[_Job]:
+            some = leased
+            while some and not self._stopping.is_set():
+                for recording in some:
+                    job = _Job(recording)
+                    begun.append(job)
+                    open_jobs.append(job)
+                    yield job
+                some = self._more() if on else []
+
+        def finished() -> Iterator[_Job]:
+            while open_jobs and open_jobs[0].ended and len(open_jobs[0].segments) == open_jobs[0].cut:
+                yield open_jobs.popleft()
+
+        with (
+            span("ingest", recordings=len(leased)),
+            ThreadPoolExecutor(1, "committer") as aside,
+            closing(_ahead(self._cut(jobs()))) as batches,
+        ):
+            for batch in batches:
+                if batch:
+                    mark = time.perf_counter()
+                    fault("ingest.decoded")
+                    langs = [job.recording.lang for job, _ in batch]
+                    with span("embed", segments=len(batch)):
+                        embedded = _embed(self._encoder, [segment for _, segment in batch], langs)
+                    for (job, _), segment in zip(batch, embedded, strict=True):
+                        job.segments.append(segment)
+                    fault("ingest.embedded")
+                    timings.batches.append(len(batch))
+                    timings.embed += time.perf_counter() - mark
+                self._alive()
+                if self._stopping.is_set():
+                    open_jobs.clear()  # given back
+                    break
+                if done := list(finished()):
+                    if committed is not None:
+                        committed.result()
+                    context = contextvars.copy_context()
+                    committed = aside.submit(context.run, self._commit_all, done, timings)
+                    timings = Timings()
+            if committed is not None:
+                committed.result()
+            self._commit_all(finished(), timings)
+        self._written(lambda: self._queue.release(self.owner))
+        return len(begun)
+
+    def _cut(self, jobs: Iterator[_Job]) -> Iterator[list[tuple[_Job, Segment]]]:
+        """The segments of jobs, as many together as are embedded at once; fewer, even none, at the end and
+        after as many recordings that have none, which wait to be told so."""
+        batch: list[tuple[_Job, Segment]] = []
+        without = 0
+        for job in jobs:
+            for segment in self._segments(job):
+                job.cut += 1
+                batch.append((job, segment))
+                if len(batch) == TOGETHER:
+                    yield batch
+                    batch, without = [], 0
+            job.ended = True
+            without += not job.cut
+            if without == TOGETHER:
+                yield batch
+                batch, without = [], 0
+        if batch:
+            yield batch
+
+    def _segments(self, job: _Job) -> Iterator[Segment]:
         """A job's segments; a recording that cannot be decoded ends early, with its reason kept."""
         began = time.perf_counter()
 
         def decoded(seconds: Seconds) -> None:
-            timings.decode += seconds
-            timings.segment -= seconds  # segmenting is what asks for the next block
+            job.decode += seconds
+            job.segment -= seconds  # segmenting is what asks for the next block
 
         def segmented(seconds: Seconds) -> None:
-            timings.segment += seconds
+            job.segment += seconds
 
         def blocks(path: Path, sampling_rate: int) -> Iterator[Waveform]:
             made = sandbox.decode(path, max_duration_s=self._max_duration_s, sampling_rate=sampling_rate)
@@ -264,8 +341,7 @@ class Ingester:
         try:
             with self._library.store.verified(job.recording.sha256) as path:
                 segments = _segments(self._encoder.picture_rate, partial(blocks, path), self._segmenting)
-                for segment in _timed(segments, segmented):
-                    yield job, segment
+                yield from _timed(segments, segmented)
         except DataDamaged as error:
             job.error = ProcessingFailed(error.detail)
         except InvalidAudio as error:
@@ -274,6 +350,12 @@ class Ingester:
             job.error = ProcessingFailed("The stored bytes of this recording are missing; upload it again.")
         record("decode", began, time.perf_counter(), recording=job.recording.id)
 
+    def _commit_all(self, jobs: Iterable[_Job], timings: Timings) -> None:
+        for job in jobs:
+            self._commit(job, timings)
+        if timings.recordings or timings.batches:
+            self._observe(timings)
+
     def _commit(self, job: _Job, timings: Timings) -> None:
         mark = time.perf_counter()
         with span("commit", recording=job.recording.id):
@@ -281,6 +363,10 @@ class Ingester:
                 arrived = job.recording.created_at.replace(tzinfo=UTC)
                 timings.waits.append(max(0.0, (datetime.now(UTC) - arrived).total_seconds()))
         timings.commit += time.perf_counter() - mark
+        timings.decode += job.decode
+        timings.segment += job.segment
+        timings.audio += job.samples / SAMPLING_RATE
+        timings.recordings += 1
 
     def _settle(self, job: _Job) -> bool:
         """Make a recording `ready` or `failed`; whether it is ready."""
@@ -420,26 +506,20 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The same items, each made on another thread while the one before it is in use.
 
     So a file is decoded and listened to on the CPU while a GPU embeds what was heard before. One item is
-    kept ready, no more. What goes wrong in the making is raised here; closing this ends the making.
+    made or kept ready, no more. What goes wrong in the making is raised here; closing this ends the making.
     """
-    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(1)
+    ready: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+    wanted = threading.Semaphore(1)
     over = threading.Event()
-
-    def hand(item: tuple[T] | BaseException | None) -> None:
-        while not over.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
 
     def make() -> None:
         try:
-            for item in items:
-                hand((item,))
-                if over.is_set():
-                    return
-            hand(None)
+            while wanted.acquire() and not over.is_set():
+                ready.put((next(items),))
+        except StopIteration:
+            ready.put(None)
         except BaseException as error:
-            hand(error)
+            ready.put(error)
 
     # in the caller's context: what is logged there carries the same request or worker
     maker = threading.Thread(target=contextvars.copy_context().run, args=(make,), name="decoder", daemon=True)
@@ -448,9 +528,11 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
         while (made := ready.get()) is not None:
             if isinstance(made, BaseException):
                 raise made
+            wanted.release()
             yield made[0]
     finally:
         over.set()
+        wanted.release()
         maker.join()
 
 

@@ -22,8 +22,10 @@ class Leases:
         self._table = table
         self._key = key
 
-    def lease(self, db: sa.Connection, owner: str, limit: int, lease_s: Seconds) -> list[int]:
-        """Keys of what is `owner`'s from now on."""
+    def lease(
+        self, db: sa.Connection, owner: str, limit: int, lease_s: Seconds, suspects: bool = True
+    ) -> list[int]:
+        """Keys of what is `owner`'s from now on; without `suspects` only of what was never tried."""
         now, job = time.time(), self._table.c
         expired = (job.status == "processing") & (job.lease_until < now)
         db.execute(
@@ -38,6 +40,8 @@ class Leases:
             )
         )
         free = (job.status == "pending") | expired
+        if not suspects:
+            free &= job.attempts == 0
         query = self._unclaimed(free).add_columns(job.attempts).order_by(job.attempts, self._key)
         taken = _without_suspects(db.execute(query.limit(limit)).all())
         db.execute(

@@ -83,7 +83,15 @@ class Reindexing:
         self._database = catalog.database
         self._jobs = Leases(REINDEXING, REINDEXING.c.recording, REINDEXING.c.model == model.fingerprint)
 
-    def lease(self, owner: str, *, limit: int, lease_s: Seconds, model: str | None = None) -> list[Recording]:
+    def lease(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        lease_s: Seconds,
+        model: str | None = None,
+        suspects: bool = True,
+    ) -> list[Recording]:
         """As `Catalog.lease`: up to `limit` ready recordings that the model has no vectors of."""
         assert model in (None, self.model.fingerprint)
         with self._database.writing() as db:
@@ -92,10 +100,10 @@ class Reindexing:
                 return []
             self._announce(db)
             self._hold(db, lease_s)
-            keys = self._jobs.lease(db, owner, limit, lease_s)
+            keys = self._jobs.lease(db, owner, limit, lease_s, suspects)
             if not keys and self._enqueue(db):
                 fault("reindex.enqueued")
-                keys = self._jobs.lease(db, owner, limit, lease_s)
+                keys = self._jobs.lease(db, owner, limit, lease_s, suspects)
             return leased(db, keys)
 
     def extend_leases(self, owner: str, lease_s: Seconds) -> None:

@@ -1,154 +1,379 @@
-"""`make bench`: what the service costs, against the bare calls it is made of, in one run.
+"""Ingestion by `mini` on a CPU, from the upload until it is found: beside bare calls, and transcription.
 
-Writes bench-results/bench.json and bench-results/bench.md. Times are medians of five, with the spread; the
-ratios are what to compare between machines. Uses the bundled samples only.
+All get the same recordings, and as many threads as a service takes by default: half of the cores. Those of
+the decoders and of the service around the workers come on top, as they do in service.
 """
 
-import json
-import statistics
+import io
+import os
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from app.samples import SAMPLES
-from clasp_core.ingest import embed_recording
-from clasp_core.models import open_model
-from tests.bench.measuring import OUT
+from clasp_core.encoders import SpeechEncoder
+from clasp_core.errors import ModelUnavailable
+from clasp_core.ingest import TOGETHER, Ingester, Timings, recording_segments
+from clasp_core.language import normalize_text
+from clasp_core.library import Library
+from clasp_core.models import Model, open_model
+from clasp_core.transcription import WhisperTranscriber
+from clasp_core.types import SAMPLING_RATE, Seconds, Waveform
+from tests.bench.measuring import Curve, Result, Row, in_turn, seconds
 from tests.service import RunningService
 
-REPEATS = 5
-LONG_S = 3 * 3600
-RATE = 16_000
+RATE = SAMPLING_RATE
+THREADS = max(1, (os.cpu_count() or 1) // 2)
+MAX_DURATION_S = 6 * 3600.0
+SHORT = 8
+"""Messages of some seconds; `full` takes all of the samples."""
+CUTS_S = ((60, 100),)
+"""Of the one long sample: a recording of its own."""
+TOGETHER_CURVE = (1, 2, 4, 8, 16, 32)
+LENGTHS_CURVE: tuple[Seconds, ...] = (1, 2, 4, 8, 15)
+EMBEDDING = "embedding by mini"
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [*bare_calls(), *service_costs(Path(folder))]
-    OUT.mkdir(exist_ok=True)
-    (OUT / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = ["| what | value | unit | spread |", "| --- | --- | --- | --- |"]
-    table += [f"| {row['what']} | {row['value']:.4g} | {row['unit']} | {row['spread']} |" for row in rows]
-    (OUT / "bench.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+def measure(full: bool) -> Iterator[Result]:
+    torch.set_num_threads(THREADS)
+    model = open_model("mini")
+    encoder = model.speech_encoder()
+    contents = recordings(full)
+    segments = [
+        segment.waveform
+        for content in contents
+        for segment in recording_segments(
+            encoder.picture_rate, io.BytesIO(content), max_duration_s=MAX_DURATION_S
+        )
+    ]
+    hours = sum(soundfile.info(io.BytesIO(content)).duration for content in contents) / 3600
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunningService(Path(folder), workers=1, threads=0) as service,
+    ):
+        service.start()
+        through_service = _ThroughService(service, contents)
+        alone = _Alone(Path(folder) / "alone", model, encoder, contents)
+        contenders: dict[str, Callable[[], Seconds]] = {
+            "bare": lambda: seconds(lambda: embed(encoder, segments)),
+            "alone": alone,
+            "service": through_service,
+        }
+        contenders |= transcribing(model, segments)
+        with closing(alone):
+            values = in_turn(contenders)
+        service.stop()
+    per_hour = {name: [value / hours for value in line] for name, line in values.items()}
+    yield from _whole(per_hour)
+    yield from _against_transcripts(per_hour, arithmetic(encoder, segments) / hours)
+    yield from alone.rows(hours)
+    yield from networks(encoder, segments, hours)
+    yield _by_number(encoder)
+    yield _by_length(encoder)
 
 
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
-    return {"what": what, "value": statistics.median(values), "unit": unit, "spread": spread}
+def _whole(per_hour: Mapping[str, list[float]]) -> Iterator[Row]:
+    for name, what in ("service", "from upload to ready"), ("alone", "by clasp_core.ingest"):
+        yield Row(
+            part="ingest",
+            what=what,
+            unit="s an hour of sound",
+            better="lower",
+            ours=per_hour[name],
+            against="the bare encoder calls, in batches",
+            theirs=per_hour["bare"],
+            target=1.15,
+        )
+        yield Row(
+            part="ingest",
+            what=f"{what}: sound",
+            unit="hours an hour",
+            better="higher",
+            ours=[3600 / value for value in per_hour[name]],
+            limit="bare encoder calls",
+            limits=[3600 / value for value in per_hour["bare"]],
+        )
 
 
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def _against_transcripts(per_hour: Mapping[str, list[float]], least: Seconds) -> Iterator[Row]:
+    rivals = [name for name in per_hour if name.startswith("whisper-base")]
+    if not rivals:
+        print("no transcription: install the extra `transcription`", file=sys.stderr)
+    for against in rivals or [""]:
+        yield Row(
+            part="ingest",
+            what=EMBEDDING,
+            unit="s an hour of sound",
+            better="lower",
+            ours=per_hour["bare"],
+            against=against,
+            theirs=per_hour.get(against, []),
+            target=0.25 if against else None,
+            limit="arithmetic in float32",
+            limits=[least],
+        )
+
+
+# --- what is ingested
 
 
 def speech() -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """All samples one after the other, with a second of silence between them."""
     parts = []
-    for path in sorted((SAMPLES / "audio").glob("*.opus")):
+    for path in _samples():
         samples, rate = soundfile.read(path, dtype="float32")
         parts += [soxr.resample(samples, rate, RATE).astype(np.float32), np.zeros(RATE, np.float32)]
     return np.concatenate(parts)
 
 
-def bare_calls() -> list[dict[str, Any]]:
-    """The engine without the service, on one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    model = open_model("mini")
-    encoder, text = model.speech_encoder(), model.text_encoder()
-    with tempfile.NamedTemporaryFile(suffix=".flac") as file:
-        sound = speech()
-        soundfile.write(file.name, sound, RATE)
-        seconds = len(sound) / RATE
-        path = Path(file.name)
-        embed_recording(encoder, path, max_duration_s=LONG_S)
-        whole = [
-            seconds / timed(lambda: embed_recording(encoder, path, max_duration_s=LONG_S))
-            for _ in range(REPEATS)
-        ]
-    questions = [json.loads(line)["q"] for line in (SAMPLES / "questions.jsonl").read_text().splitlines()]
-    one = [
-        1000 * timed(lambda: [text.encode([q]) for q in questions]) / len(questions) for _ in range(REPEATS)
-    ]
-    batch = [1000 * timed(lambda: text.encode(questions)) / len(questions) for _ in range(REPEATS)]
-    return [
-        row("decode, segment and embed, one thread", whole, "x real time"),
-        row("encode one question", one, "ms"),
-        row(f"encode questions, batch of {len(questions)}", batch, "ms each"),
-    ]
+def _samples() -> list[Path]:
+    return sorted((SAMPLES / "audio").glob("*.opus"))
 
 
-def service_costs(folder: Path) -> list[dict[str, Any]]:
-    """The service with one worker: three hours of recording, its memory, and the latency of questions."""
-    service = RunningService(folder).start()
-    try:
-        before = _resident(service)
-        sound = speech()
-        path = folder / "long.flac"
-        with soundfile.SoundFile(path, "w", RATE, 1) as file:
-            for _ in range(LONG_S * RATE // len(sound)):
-                file.write(sound)
-        peak = _Peak(service)
-        started = time.perf_counter()
-        uploaded = service.upload(path.read_bytes(), id="long").raise_for_status()
-        idle = [1000 * timed(lambda: service.found("the train is late", lang="en")) for _ in range(50)]
-        record = service.settled(uploaded.json()["id"], within_s=3600)
-        took = time.perf_counter() - started
-        after = peak.stop()
-        quiet = [1000 * timed(lambda: service.found("the train is late", lang="en")) for _ in range(100)]
-        return [
-            row("three hours in one recording", [record["duration_s"] / took], "x real time"),
-            row("API and worker, resident at rest", [before], "MB"),
-            row("added at most by the three-hour recording", [after - before], "MB"),
-            row("GET /search", quiet, "ms"),
-            row("GET /search while a worker is busy", idle, "ms"),
-        ]
-    finally:
-        service.stop()
+def recordings(full: bool) -> list[bytes]:
+    """Opus files of usual lengths: messages, and a longer stretch."""
+    if full:
+        return [path.read_bytes() for path in _samples()]
+    paths = {path: soundfile.info(path) for path in _samples()}
+    long = max(paths, key=lambda path: paths[path].duration)
+    contents = [path.read_bytes() for path in paths if path != long][:SHORT]
+    samples, rate = soundfile.read(long, dtype="float32")
+    for start, end in CUTS_S:
+        file = io.BytesIO()
+        soundfile.write(file, samples[start * rate : end * rate], rate, format="OGG", subtype="OPUS")
+        contents.append(file.getvalue())
+    return contents
 
 
-def _resident(service: RunningService) -> float:
-    """MB of the API process, its workers and their decoders."""
-    pids = service.processes()
-    total = 0
-    for pid in pids:
-        try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-        total += pages * 4096
-    return total / 1e6
+# --- contenders: each call is a round, and gives its seconds
 
 
-class _Peak:
-    """The largest resident size seen while it runs."""
+def embed(encoder: SpeechEncoder, waveforms: Sequence[Waveform]) -> None:
+    """As many at once as an ingester embeds, in the order of the recordings."""
+    for start in range(0, len(waveforms), TOGETHER):
+        encoder.encode(waveforms[start : start + TOGETHER])
 
-    def __init__(self, service: RunningService) -> None:
+
+class _ThroughService:
+    """Uploads over HTTP, one after the other, and the wait until all are ready. One worker, idle before; each
+    round has a collection of its own."""
+
+    def __init__(self, service: RunningService, contents: Sequence[bytes]) -> None:
         self._service = service
-        self._most = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        self._contents = contents
+        self._rounds = count()
 
-    def _watch(self) -> None:
-        while not self._over.wait(0.25):
-            self._most = max(self._most, _resident(self._service))
+    def __call__(self) -> Seconds:
+        collection = f"round-{next(self._rounds)}"
+        began = time.perf_counter()
+        for content in self._contents:
+            self._service.upload(content, collection=collection).raise_for_status()
+        left = len(self._contents)
+        while left:
+            time.sleep(0.02)
+            parameters = {"collection": collection, "status": "ready", "limit": 1000}
+            found = self._service.client.get("/audio", params=parameters).raise_for_status().json()
+            left = len(self._contents) - len(found["items"])
+        return time.perf_counter() - began
 
-    def stop(self) -> float:
-        self._over.set()
-        self._thread.join()
-        return self._most
+
+@dataclass
+class _Spent:
+    """A round's seconds by stage."""
+
+    decode: Seconds = 0.0
+    segment: Seconds = 0.0
+    embed: Seconds = 0.0
+    commit: Seconds = 0.0
+
+    def add(self, timings: Timings) -> None:
+        for stage in fields(self):
+            setattr(self, stage.name, getattr(self, stage.name) + getattr(timings, stage.name))
 
 
-if __name__ == "__main__":
-    main()
+@dataclass
+class _Alone:
+    """A library without a service: leased, verified, decoded confined, cut, embedded, committed."""
+
+    folder: Path
+    model: Model
+    encoder: SpeechEncoder
+    contents: Sequence[bytes]
+    spent: list[_Spent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        self._library = Library(self.folder, model=self.model.fingerprint, dim=self.model.dim)
+
+    def __call__(self) -> Seconds:
+        for content in self.contents:
+            with self._library.store.receive() as upload:
+                upload.write(content)
+                upload.seal()
+                self._library.register(upload, collection=f"round-{len(self.spent)}")
+        spent = _Spent()
+        ingester = Ingester(self._library, self.encoder, max_duration_s=MAX_DURATION_S, observe=spent.add)
+        began = time.perf_counter()
+        done = ingester.step(on=True)
+        took = time.perf_counter() - began
+        assert done == len(self.contents)
+        self.spent.append(spent)
+        return took
+
+    def close(self) -> None:
+        self._library.close()
+
+    def rows(self, hours: float) -> Iterator[Row]:
+        for stage in fields(_Spent):
+            yield Row(
+                part="ingest",
+                what=f"stage: {stage.name}",
+                unit="s an hour of sound",
+                better="lower",
+                ours=[getattr(spent, stage.name) / hours for spent in self.spent[1:]],  # the first warmed up
+                limit="embed",
+                limits=[spent.embed / hours for spent in self.spent[1:]],
+                note="decode and segment run beside embed",
+            )
+
+
+def transcribing(model: Model, segments: Sequence[Waveform]) -> dict[str, Callable[[], Seconds]]:
+    """whisper-base and then the text encoder on what it wrote, of the same segments.
+
+    At its best: 8 bits, which CTranslate2 computes fastest on a CPU; all segments at once, of which those of
+    like length go together; followed by no more silence than Whisper needs to find its end, which takes a
+    fraction of filling them up to 30 s (docs/decisions.md). Nobody says which language is spoken, as nobody
+    tells `mini`. Five beams are heard better, one is the fastest.
+    """
+    text = model.text_encoder()
+
+    def way(beams: int) -> Callable[[], Seconds]:
+        transcriber = WhisperTranscriber(beam_size=beams, threads=THREADS)
+
+        def written() -> None:
+            transcripts = transcriber.transcribe(segments)
+            text.encode([normalize_text(heard.text, heard.lang) for heard in transcripts])
+
+        return lambda: seconds(written)
+
+    try:
+        return {f"whisper-base int8, beam {beams}, then the text encoder": way(beams) for beams in (5, 1)}
+    except ModelUnavailable as error:
+        print(error.detail, file=sys.stderr)
+        return {}
+
+
+# --- limits, and where the encoder's time goes
+
+
+def arithmetic(encoder: SpeechEncoder, segments: Sequence[Waveform]) -> Seconds:
+    """What the encoders' multiplications and additions alone would take, at the speed of a large matrix
+    product of float32. What is computed in fewer bits may take less."""
+    with FlopCounterMode(display=False) as counter:
+        embed(encoder, segments)
+    return counter.get_total_flops() / flops_per_s(torch.float32)
+
+
+def flops_per_s(dtype: torch.dtype, size: int = 1024) -> float:
+    """Of a bare matrix product of (size, size), on the threads that torch has now; the best of some."""
+    one, other = torch.randn(2, size, size).to(dtype)
+    best = min(seconds(lambda: one @ other) for _ in range(20))
+    return 2 * size**3 / best
+
+
+NETWORKS = {
+    "log-mel": "_backbone.log_mel.forward",
+    "Whisper's encoder": "_backbone.whisper.forward",
+    "EfficientNet": "_backbone.efficientnet.forward",
+    "Whisper's decoder, for the languages": "_backbone.decoder.languages",
+    "Whisper's decoder, for the words": "_fusion.decoder.forward",
+    "E5's layers": "_fusion.reader.forward",
+}
+
+
+def networks(encoder: SpeechEncoder, segments: Sequence[Waveform], hours: float) -> Iterator[Row]:
+    """The embedding's seconds by network; what is not found under its name is left out, and said."""
+    spent = dict.fromkeys(NETWORKS, 0.0)
+    undo = []
+    for name, path in NETWORKS.items():
+        *way, method = path.split(".")
+        try:
+            owner: Any = reduce(getattr, way, encoder)
+            inner = getattr(owner, method)
+        except AttributeError:
+            print(f"the encoder has no {path}: its time is not told", file=sys.stderr)
+            del spent[name]
+            continue
+
+        def timed(*args: Any, name: str = name, inner: Callable[..., Any] = inner, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return inner(*args, **more)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        setattr(owner, method, timed)
+        undo.append((owner, method))
+    rounds = []
+    try:
+        for _ in range(3):
+            spent |= dict.fromkeys(spent, 0.0)
+            took = seconds(lambda: embed(encoder, segments))
+            rounds.append(spent | {"the rest": took - sum(spent.values()), "all": took})
+    finally:
+        for owner, method in undo:
+            delattr(owner, method)
+    for name in rounds[0].keys() - {"all"}:
+        yield Row(
+            part="ingest",
+            what=f"embedding: {name}",
+            unit="s an hour of sound",
+            better="lower",
+            ours=[one[name] / hours for one in rounds],
+            limit="all of the embedding",
+            limits=[one["all"] / hours for one in rounds],
+        )
+
+
+def _by_number(encoder: SpeechEncoder) -> Curve:
+    clip = speech()[: 5 * RATE]
+    return Curve(
+        part="ingest",
+        name="embedding-by-number",
+        title="Segments of 5 s embedded together",
+        x="segments at once",
+        y="s of sound embedded in a second",
+        series={"mini": [(n, _speed(encoder, [clip] * n)) for n in TOGETHER_CURVE]},
+        note="What is read of the decoders' weights is shared by the segments that go through them together.",
+    )
+
+
+def _by_length(encoder: SpeechEncoder) -> Curve:
+    sound = speech()
+    return Curve(
+        part="ingest",
+        name="embedding-by-length",
+        title=f"Segments of a length, {TOGETHER} at once",
+        x="length of a segment, s",
+        y="s of sound embedded in a second",
+        series={"mini": [(s, _speed(encoder, [sound[: round(s * RATE)]] * TOGETHER)) for s in LENGTHS_CURVE]},
+        note="What a call costs by itself weighs on short segments; attention, by the square, on long ones.",
+    )
+
+
+def _speed(encoder: SpeechEncoder, waveforms: list[Waveform]) -> float:
+    best = min(seconds(lambda: encoder.encode(waveforms)) for _ in range(3))
+    return sum(map(len, waveforms)) / RATE / best
