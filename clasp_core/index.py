@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -263,70 +264,52 @@ class VectorIndex:
         with self._lock.gen_rlock():
             inside = None if among is None else np.isin(self._store.numbers >> ORDINAL_BITS, among)
             size = len(self) if inside is None else int(np.count_nonzero(inside))
+            judge = self._likely_segments if group_by == "segment" else partial(self._likely, segments)
+            likely: list[_Likely] = [None] * len(limits)
             depths = [min(size, 4 * limit + 16) for limit in limits]
-            nearest = self._nearest(queries, depths, inside)
+            waiting = list(range(len(limits)))
+            while waiting:  # all that have to look deeper do so together
+                nearest = self._nearest(queries[waiting], [depths[one] for one in waiting], inside)
+                for one, found in zip(waiting, nearest, strict=True):
+                    likely[one] = judge(found, limits[one], size)
+                    depths[one] = min(size, 4 * depths[one])
+                waiting = [one for one in waiting if likely[one] is None]
+            settled = [one for one in likely if one is not None]
+            scored = self._scored(queries, [places for places, _ in settled])
             if group_by == "segment":
-                places = [
-                    self._likely_segments(query, found, limit, size, inside)
-                    for query, limit, found in zip(queries, limits, nearest, strict=True)
-                ]
-                return [
-                    best_segments(scored, limit, size)
-                    for scored, limit in zip(self._scored(queries, places), limits, strict=True)
-                ]
-            likely = [
-                self._likely(query, found, limit, size, inside, segments)
-                for query, limit, found in zip(queries, limits, nearest, strict=True)
-            ]
-            scored = self._scored(queries, [places for places, _ in likely])
+                return [best_segments(own, limit, size) for own, limit in zip(scored, limits, strict=True)]
             return [
                 # below what was seen, another segment may be better that was not
                 best_recordings([pair for pair in own if pair[1] > seen], limit, size, segments)
-                for own, (_, seen), limit in zip(scored, likely, limits, strict=True)
+                for own, (_, seen), limit in zip(scored, settled, limits, strict=True)
             ]
 
-    def _likely(
-        self,
-        query: NDArray[np.float32],
-        found: "_Found",
-        limit: int,
-        size: int,
-        inside: Mask | None,
-        segments: int,
-    ) -> tuple[NDArray[np.int64], float]:
+    def _likely(self, segments: int, found: "_Found", limit: int, size: int) -> "_Likely":
         """The places of what may be among the `segments` best of the `limit` best recordings, and the score
-        above which all was seen: looks deeper until so many are found, and all that scores as the last.
+        above which all was seen; None where more must be found to know.
 
         The store's scores are off by its noise at most, so two of them say which is larger only where
         they are further apart than twice that; what is closer is decided by exact scores.
         """
         doubt = 2 * self._store.noise
-        while True:
-            scores, places = found
-            owners = (self._store.numbers[places] >> ORDINAL_BITS).tolist()
-            bests = dict(zip(reversed(owners), scores[::-1].tolist(), strict=True))
-            cutoff = sorted(bests.values())[-limit] if len(bests) >= limit else -math.inf
-            seen = -math.inf if len(places) >= size else float(scores[-1]) + self._store.noise
-            if seen == -math.inf or scores[-1] < cutoff - doubt:
-                break
-            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
+        scores, places = found
+        owners = (self._store.numbers[places] >> ORDINAL_BITS).tolist()
+        bests = dict(zip(reversed(owners), scores[::-1].tolist(), strict=True))
+        cutoff = sorted(bests.values())[-limit] if len(bests) >= limit else -math.inf
+        seen = -math.inf if len(places) >= size else float(scores[-1]) + self._store.noise
+        if seen != -math.inf and scores[-1] >= cutoff - doubt:
+            return None
         wanted = {owner for owner, score in bests.items() if score >= cutoff - doubt}
-        chosen = _worth_scoring(scores.tolist(), owners, wanted, segments, doubt)
-        return places[chosen], seen
+        return places[_worth_scoring(scores.tolist(), owners, wanted, segments, doubt)], seen
 
-    def _likely_segments(
-        self, query: NDArray[np.float32], found: "_Found", limit: int, size: int, inside: Mask | None
-    ) -> NDArray[np.int64]:
-        """As `_likely`, where each segment stands for itself: looks deeper until all are seen that may be
-        among the `limit` best."""
+    def _likely_segments(self, found: "_Found", limit: int, size: int) -> "_Likely":
+        """As `_likely`, where each segment stands for itself."""
         doubt = 2 * self._store.noise
-        while True:
-            scores, places = found
-            cutoff = scores[limit - 1] if len(scores) >= limit else -np.inf
-            if len(places) >= size or scores[-1] < cutoff - doubt:
-                break
-            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
-        return places[scores >= cutoff - doubt]
+        scores, places = found
+        cutoff = scores[limit - 1] if len(scores) >= limit else -np.inf
+        if len(places) < size and scores[-1] >= cutoff - doubt:
+            return None
+        return places[scores >= cutoff - doubt], -math.inf
 
     def _scored(
         self, queries: Embeddings, places: Sequence[NDArray[np.int64]]
@@ -576,6 +559,7 @@ def follow_up(catalog: Catalog, changes: Changes, model: str) -> None:
 
 
 _Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]
+_Likely: TypeAlias = tuple[NDArray[np.int64], float] | None
 
 
 def _worth_scoring(

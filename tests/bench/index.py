@@ -1,10 +1,10 @@
 """Search beside what one would take instead, with the recall of both: part `index` of `make bench`.
 
 Ours goes through the index as a service has it: a library with its catalogue, nearest vectors, recordings,
-exact scores, which for the 16-bit kinds are of vectors read from the catalogue. Rivals give the numbers of the
-ten nearest vectors. One thread for each. Vectors are those of `Topics`; recall is of ten recordings here, of
-ten segments there. What is approximate is set, on other questions than those that are measured, to find as
-much as ours.
+exact scores, for which the 16-bit kinds read vectors from the catalogue. Rivals give the numbers of the ten
+nearest vectors. One thread for each. Vectors are those of `Topics`; recall is of ten recordings here, of ten
+segments there. What is approximate is set, on other questions than those that are measured, to find as much
+as ours.
 
 `full` adds a million vectors, HNSW at 100,000 x 768, and a start with a million segments.
 """
@@ -105,9 +105,9 @@ def measure(full: bool) -> Iterator[Result]:
         series={kind: sorted(points) for kind, points in lines.items()},
         log=True,
         note="`flat` and `half` read every vector: linear, and steeper where they leave the processor's cache"
-        " for memory; half of the bytes are half of the time. At the left end is what a question costs anyhow,"
-        " which for `half` and `ivf` includes reading the catalogue. `ivf` has 4 x sqrt(n) lists, and looks at"
-        " those of them that recall needs.",
+        " for memory; half of the bytes are half of the time. At the left end is what a question costs at"
+        " least, which for `half` and `ivf` includes reading the catalogue. `ivf` has 4 x sqrt(n) lists, and"
+        " looks at those of them that recall needs.",
     )
     yield from starts(full)
 
@@ -681,8 +681,8 @@ def starts(full: bool) -> Iterator[Result]:
         x="recordings",
         y="s",
         series={"with a snapshot": with_snapshot, "without": without},
-        note="At the left end are imports and the model. The rest is linear: the catalogue's check, the list of"
-        " what is stored, which is held against it, and the snapshot or, without one, all vectors from the"
+        note="At the left end are imports and the model. The rest is linear: the catalogue's check, the list"
+        " of what is stored, which is held against it, and the snapshot or, without one, all vectors from the"
         " catalogue.",
     )
 
