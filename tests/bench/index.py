@@ -6,8 +6,8 @@ nearest vectors. One thread for each. Vectors are those of `Topics`; recall is o
 segments there. What is approximate is set, on other questions than those that are measured, to find as much
 as ours.
 
-`full` adds a million vectors, graphs at 100,000 x 768, all graphs at 100,000 x 384, and a start with a million
-segments.
+`full` adds a million vectors, graphs at 100,000 x 768, more of them at 100,000 x 384, and a start with a
+million segments.
 """
 
 import gc
