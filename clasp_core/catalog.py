@@ -443,8 +443,7 @@ class Catalog:
         for some in _chunks(sorted(sha256s)):  # so that each chunk keeps out few of those who store bytes
             with self.database.writing() as db:
                 lock(db, *map(_bucket, some))
-                used = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(some))
-                if unused := set(some) - set(db.execute(used).scalars()):
+                if unused := set(some) - set(db.execute(_USED, {"some": some}).scalars()):
                     remove(*unused)
 
     def has_content(self, sha256: str) -> bool:
@@ -846,6 +845,9 @@ def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
 AT_ONCE = 1000
 _PLACES = 1 << 20
 """More than a recording has segments."""
+
+
+_USED = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(sa.bindparam("some", expanding=True)))
 
 
 def _asking_segments(*columns: "sa.Column[Any]") -> sa.Select[Any]:
