@@ -32,6 +32,11 @@ $(VENV)/dev: $(VENV)/base client/pyproject.toml
 	$(PIP) --editable '.[dev]' --editable './client[langchain,llama-index,mcp]'
 	touch $@
 
+# Without a C++ compiler there is no hnswlib; its rows are left out then.
+$(VENV)/bench: $(VENV)/dev
+	$(PIP) --editable '.[bench]' || $(PIP) usearch threadpoolctl
+	touch $@
+
 demo: $(VENV)/base
 	$(BIN)/clasp demo
 
@@ -87,7 +92,7 @@ $(VENV)/audit/bin/pip-audit:
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.10,<3'
 
-bench: $(VENV)/dev
+bench: $(VENV)/bench
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.capacity
 	$(BIN)/python -m tests.picture_gate

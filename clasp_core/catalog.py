@@ -443,8 +443,7 @@ class Catalog:
         for some in _chunks(sorted(sha256s)):  # so that each chunk keeps out few of those who store bytes
             with self.database.writing() as db:
                 lock(db, *map(_bucket, some))
-                used = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(some))
-                if unused := set(some) - set(db.execute(used).scalars()):
+                if unused := set(some) - set(db.execute(_USED, {"some": some}).scalars()):
                     remove(*unused)
 
     def has_content(self, sha256: str) -> bool:
@@ -742,8 +741,7 @@ class Catalog:
         stored = b"".join(row.vector if len(row.vector) == len(lost) else lost for row in found)
         vectors = np.frombuffer(stored, "<f4").reshape(-1, dim)
         owners = np.array([row.recording for row in found], np.int64)
-        with np.errstate(over="ignore", invalid="ignore"):  # a flipped bit makes 1e38 of a number, or a NaN
-            damaged = owners[~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_WITHIN)]
+        damaged = owners[_damaged(vectors)]
         whole = ~np.isin(owners, damaged)
         return Changes(
             seq=end.seq,
@@ -773,45 +771,37 @@ class Catalog:
 
     def spans(self, segments: Sequence[tuple[int, int]], *, model: str) -> dict[tuple[int, int], Span]:
         """A model's segments, each named by (recording key, ordinal), as far as they are there."""
-        columns = [SEGMENTS.c[name] for name in Span._fields]
-        return {named: Span(*row) for named, row in self._of_segments(segments, columns, model)}
+        return {named: Span(*row) for named, row in self._of_segments(segments, _SPANS, model)}
 
     def vectors(
         self, segments: Sequence[tuple[int, int]], *, model: str
     ) -> dict[tuple[int, int], NDArray[np.float32]]:
         """A model's unit vectors of these segments, each named by (recording key, ordinal), bit for bit as
         they were committed: those of ready recordings, as far as they are there and whole."""
-        ready = (RECORDINGS.c.key == SEGMENTS.c.recording) & (RECORDINGS.c.status == "ready")
-        found: dict[tuple[int, int], NDArray[np.float32]] = {}
-        for named, (stored,) in self._of_segments(segments, [SEGMENTS.c.vector], model, ready):
-            vector = np.frombuffer(stored[: len(stored) // 4 * 4], "<f4")
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # a flipped bit makes 1e38 of a number, or a NaN
-                if abs(float(np.linalg.norm(vector)) - 1) < _UNIT_WITHIN:
-                    found[named] = vector
+        found = {
+            named: np.frombuffer(stored[: len(stored) // 4 * 4], "<f4")
+            for named, (stored,) in self._of_segments(segments, _VECTORS, model)
+        }
+        by_length: dict[int, list[tuple[int, int]]] = {}
+        for named, vector in found.items():
+            by_length.setdefault(len(vector), []).append(named)
+        for alike in by_length.values():  # of one length, unless something is damaged
+            damaged = _damaged(np.stack([found[named] for named in alike]))
+            for place in np.flatnonzero(damaged):
+                del found[alike[place]]
         return found
 
     def _of_segments(
-        self,
-        segments: Sequence[tuple[int, int]],
-        columns: Sequence["sa.Column[Any]"],
-        model: str,
-        condition: sa.ColumnElement[bool] | None = None,
+        self, segments: Sequence[tuple[int, int]], query: sa.Select[Any], model: str
     ) -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
-        """Those columns of a model's segments that are there, and whose recording meets the condition."""
-        number = SEGMENTS.c.recording * _PLACES + SEGMENTS.c.ordinal
+        """What one of those queries asks of a model's segments that are there."""
         with self.database.reading() as db:
             for some in _chunks(segments):
-                # SQLite has no index for pairs in a list, but one for the first of them
-                of = SEGMENTS.c.recording.in_({recording for recording, _ in some})
-                these = number.in_([recording * _PLACES + ordinal for recording, ordinal in some])
-                query = sa.select(SEGMENTS.c.recording, SEGMENTS.c.ordinal, *columns)
-                query = query.where(of & (SEGMENTS.c.model == model) & these)
-                if condition is not None:
-                    query = query.where(condition)
-                for recording, ordinal, *values in db.execute(query):
-                    yield (recording, ordinal), values
+                numbers = [recording * _PLACES + ordinal for recording, ordinal in some]
+                recordings = list({recording for recording, _ in some})
+                these = {"recordings": recordings, "numbers": numbers, "of_model": model}
+                for row in db.execute(query, these).all():
+                    yield (row[0], row[1]), row[2:]
 
     def embedded(self, key: int, *, model: str) -> list[EmbeddedSegment]:
         """What a model made of a recording, in order, as far as it is there and whole."""
@@ -849,6 +839,13 @@ class Catalog:
         db.execute(sa.update(RECORDINGS).where(RECORDINGS.c.key == key).values(**values))
 
 
+def _damaged(vectors: Embeddings) -> NDArray[np.bool_]:
+    """Which of these (n, dim) are no unit vectors."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a flipped bit makes 1e38 of a number, or a NaN
+        whole: NDArray[np.bool_] = np.abs(np.linalg.norm(vectors, axis=1) - 1) < _UNIT_WITHIN
+    return ~whole
+
+
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Few enough at a time for one statement's parameters, and for the write lock not to be felt."""
     return (values[start : start + AT_ONCE] for start in range(0, len(values), AT_ONCE))
@@ -857,6 +854,26 @@ def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
 AT_ONCE = 1000
 _PLACES = 1 << 20
 """More than a recording has segments."""
+
+
+_USED = sa.select(RECORDINGS.c.sha256).where(RECORDINGS.c.sha256.in_(sa.bindparam("some", expanding=True)))
+
+
+def _asking_segments(*columns: "sa.Column[Any]") -> sa.Select[Any]:
+    """For those columns of segments by their numbers. Made once: to make it, and to find that it was made
+    before, takes SQLAlchemy longer than SQLite takes to answer."""
+    # SQLite has no index for pairs in a list, but one for the first of them
+    of = SEGMENTS.c.recording.in_(sa.bindparam("recordings", expanding=True))
+    number = SEGMENTS.c.recording * _PLACES + SEGMENTS.c.ordinal
+    these = number.in_(sa.bindparam("numbers", expanding=True))
+    here = of & (SEGMENTS.c.model == sa.bindparam("of_model")) & these
+    return sa.select(SEGMENTS.c.recording, SEGMENTS.c.ordinal, *columns).where(here)
+
+
+_SPANS = _asking_segments(*(SEGMENTS.c[name] for name in Span._fields))
+_VECTORS = _asking_segments(SEGMENTS.c.vector).where(
+    (RECORDINGS.c.key == SEGMENTS.c.recording) & (RECORDINGS.c.status == "ready")
+)
 
 
 def note_change(db: sa.Connection, keys: Sequence[int], model: str | None = None) -> None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -263,74 +264,75 @@ class VectorIndex:
         with self._lock.gen_rlock():
             inside = None if among is None else np.isin(self._store.numbers >> ORDINAL_BITS, among)
             size = len(self) if inside is None else int(np.count_nonzero(inside))
+            judge = self._likely_segments if group_by == "segment" else partial(self._likely, segments)
+            likely: list[_Likely] = [None] * len(limits)
             depths = [min(size, 4 * limit + 16) for limit in limits]
-            nearest = self._nearest(queries, depths, inside)
+            waiting = list(range(len(limits)))
+            while waiting:  # all that have to look deeper do so together
+                nearest = self._nearest(queries[waiting], [depths[one] for one in waiting], inside)
+                for one, found in zip(waiting, nearest, strict=True):
+                    likely[one] = judge(found, limits[one], size)
+                    depths[one] = min(size, 4 * depths[one])
+                waiting = [one for one in waiting if likely[one] is None]
+            settled = [one for one in likely if one is not None]
+            scored = self._scored(queries, [places for places, _ in settled])
             if group_by == "segment":
-                return [
-                    self._match_segments(query, found, limit, size, inside)
-                    for query, limit, found in zip(queries, limits, nearest, strict=True)
-                ]
+                return [best_segments(own, limit, size) for own, limit in zip(scored, limits, strict=True)]
             return [
-                self._match(query, found, limit, size, inside, segments)
-                for query, limit, found in zip(queries, limits, nearest, strict=True)
+                # below what was seen, another segment may be better that was not
+                best_recordings([pair for pair in own if pair[1] > seen], limit, size, segments)
+                for own, (_, seen), limit in zip(scored, settled, limits, strict=True)
             ]
 
-    def _match(
-        self,
-        query: NDArray[np.float32],
-        found: "_Found",
-        limit: int,
-        size: int,
-        inside: Mask | None,
-        segments: int,
-    ) -> list[Match]:
-        """Look deeper until `limit` recordings are found, and all that scores as much as the last is seen.
+    def _likely(self, segments: int, found: "_Found", limit: int, size: int) -> "_Likely":
+        """The places of what may be among the `segments` best of the `limit` best recordings, and the score
+        above which all was seen; None where more must be found to know.
 
         The store's scores are off by its noise at most, so two of them say which is larger only where
         they are further apart than twice that; what is closer is decided by exact scores.
         """
         doubt = 2 * self._store.noise
-        while True:
-            scores, places = found
-            numbers = self._store.numbers[places]
-            owners = numbers >> ORDINAL_BITS
-            _, firsts, owner = np.unique(owners, return_index=True, return_inverse=True)
-            bests = scores[firsts]
-            cutoff = np.sort(bests)[-limit] if len(bests) >= limit else -np.inf
-            seen = -np.inf if len(places) >= size else scores[-1] + self._store.noise
-            if seen == -np.inf or scores[-1] < cutoff - doubt:
-                break
-            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
-        chosen = _worth_scoring(scores, owner, bests >= cutoff - doubt, segments, doubt)
-        # below what was seen, another segment may be better that was not
-        scored = [pair for pair in self._scored(query, places[chosen]) if pair[1] > seen]
-        return best_recordings(scored, limit, size, segments)
+        scores, places = found
+        owners = (self._store.numbers[places] >> ORDINAL_BITS).tolist()
+        bests = dict(zip(reversed(owners), scores[::-1].tolist(), strict=True))
+        cutoff = sorted(bests.values())[-limit] if len(bests) >= limit else -math.inf
+        seen = -math.inf if len(places) >= size else float(scores[-1]) + self._store.noise
+        if seen != -math.inf and scores[-1] >= cutoff - doubt:
+            return None
+        wanted = {owner for owner, score in bests.items() if score >= cutoff - doubt}
+        return places[_worth_scoring(scores.tolist(), owners, wanted, segments, doubt)], seen
 
-    def _match_segments(
-        self, query: NDArray[np.float32], found: "_Found", limit: int, size: int, inside: Mask | None
-    ) -> list[Match]:
-        """As `_match`, where each segment stands for itself: look deeper until all are seen that may be
-        among the `limit` best."""
+    def _likely_segments(self, found: "_Found", limit: int, size: int) -> "_Likely":
+        """As `_likely`, where each segment stands for itself."""
         doubt = 2 * self._store.noise
-        while True:
-            scores, places = found
-            cutoff = scores[limit - 1] if len(scores) >= limit else -np.inf
-            if len(places) >= size or scores[-1] < cutoff - doubt:
-                break
-            (found,) = self._nearest(query[None], [min(size, 4 * len(places))], inside)
-        places = places[scores >= cutoff - doubt]
-        return best_segments(self._scored(query, places), limit, size)
+        scores, places = found
+        cutoff = scores[limit - 1] if len(scores) >= limit else -np.inf
+        if len(places) < size and scores[-1] >= cutoff - doubt:
+            return None
+        return places[scores >= cutoff - doubt], -math.inf
 
-    def _scored(self, query: NDArray[np.float32], places: NDArray[np.int64]) -> list[tuple[int, float]]:
-        """The numbers and the exact scores of the segments at these places, of those that the catalogue still
-        has where it is asked."""
-        numbers = self._store.numbers[places]
+    def _scored(
+        self, queries: Embeddings, places: Sequence[NDArray[np.int64]]
+    ) -> Iterator[list[tuple[int, float]]]:
+        """For each query the numbers and the exact scores of the segments at its places, of those that the
+        catalogue still has where it is asked: for as many queries at a time as is no burden to either."""
+        numbers = [self._store.numbers[own] for own in places]
         if self._store.exact or self._read is None:
-            rows = self._store.rows(places)
-        else:
-            rows, there = read_rows(self._read, numbers, self.dim)
-            numbers, rows = numbers[there], rows[there]
-        return list(zip(numbers.tolist(), exact_scores(query, rows), strict=True))
+            for query, own, here in zip(queries, numbers, places, strict=True):
+                yield list(zip(own.tolist(), exact_scores(query, self._store.rows(here)), strict=True))
+            return
+        done = 0
+        while done < len(numbers):
+            total, until = len(numbers[done]), done + 1
+            while until < len(numbers) and total + len(numbers[until]) <= _READ_AT_ONCE:
+                total, until = total + len(numbers[until]), until + 1
+            wanted = np.unique(np.concatenate(numbers[done:until]))
+            rows, there = read_rows(self._read, wanted, self.dim)
+            for query, own in zip(queries[done:until], numbers[done:until], strict=True):
+                at = np.searchsorted(wanted, own)
+                at = at[there[at]]
+                yield list(zip(wanted[at].tolist(), exact_scores(query, rows[at]), strict=True))
+            done = until
 
     def _nearest(self, queries: Embeddings, depths: Sequence[int], inside: Mask | None) -> Iterator["_Found"]:
         """Each query's own number of nearest segments, best first, in one pass over the vectors."""
@@ -557,27 +559,32 @@ def follow_up(catalog: Catalog, changes: Changes, model: str) -> None:
 
 
 _Found: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64]]
+_Likely: TypeAlias = tuple[NDArray[np.int64], float] | None
 
 
 def _worth_scoring(
-    scores: NDArray[np.float64], owner: NDArray[np.int64], wanted: Mask, segments: int, doubt: float
-) -> NDArray[np.int64]:
-    """Which of these segments, best first, may be among the `segments` best of a wanted recording.
-
-    `owner` says which recording each is of, as a position in `wanted`.
-    """
-    order = np.argsort(owner, kind="stable")
-    order = order[wanted[owner[order]]]
-    _, starts, counts = np.unique(owner[order], return_index=True, return_counts=True)
-    last = scores[order][starts + np.minimum(counts, segments) - 1]
-    return order[scores[order] >= np.repeat(last, counts) - doubt]
+    scores: Sequence[float], owners: Sequence[int], wanted: Set[int], segments: int, doubt: float
+) -> list[int]:
+    """Which of these segments, best first, may be among the `segments` best of a wanted recording. `owners`
+    says which recording each is of."""
+    chosen = []
+    last: dict[int, tuple[int, float]] = {}
+    """Of each recording, how many of its best were seen, up to `segments`, and the score of the last."""
+    for position, (score, owner) in enumerate(zip(scores, owners, strict=True)):
+        if owner in wanted:
+            count, least = last.get(owner, (0, score))
+            if count < segments:
+                count, least = last[owner] = (count + 1, score)
+            if score >= least - doubt:
+                chosen.append(position)
+    return chosen
 
 
 def check_vectors(vectors: Embeddings, dim: int) -> None:
     """ValueError for vectors of another dimension, or that are not finite and of unit length."""
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise ValueError(f"vectors of shape {vectors.shape}; the index holds {dim} numbers each")
-    if len(vectors) and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3):
+    if not (np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3).all():  # nor is it for a NaN
         raise ValueError("a vector is not finite and of unit length")
 
 

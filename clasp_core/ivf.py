@@ -121,6 +121,8 @@ class IvfStore:
         """By place: what the vector is called in FAISS. Ascending, and none comes twice."""
         self._list_of = np.empty(0, np.int32)
         """By place: which list the vector is in."""
+        self._sizes = np.zeros(self.lists, np.int64)
+        """By list: how many vectors are in it."""
 
     @property
     def lists(self) -> int:
@@ -153,10 +155,12 @@ class IvfStore:
         self._numbers = np.concatenate([self._numbers, numbers])
         self._serials = np.concatenate([self._serials, serials])
         self._list_of = np.concatenate([self._list_of, lists.astype(np.int32)])
+        self._sizes += np.bincount(lists, minlength=self.lists)
 
     def remove(self, gone: Mask) -> None:
         chosen = _Chosen(self._serials[gone])
         self._faiss.remove_ids(chosen.selector)
+        self._sizes -= np.bincount(self._list_of[gone], minlength=self.lists)
         self._numbers, self._serials = self._numbers[~gone], self._serials[~gone]
         self._list_of = self._list_of[~gone]
 
@@ -168,8 +172,8 @@ class IvfStore:
             return self.nearest_of_all(queries, count, among)
         # lists in the order in which each query looks at them, and how many candidates it has seen by each
         order = self._order(queries)
-        inside = self._list_of if among is None else self._list_of[among]
-        seen = np.cumsum(np.bincount(inside, minlength=self.lists)[order], axis=1)
+        inside = self._sizes if among is None else np.bincount(self._list_of[among], minlength=self.lists)
+        seen = np.cumsum(inside[order], axis=1)
         deeper = max(1.0, count / DEPTH)
         least: float = count
         if passing < NEARLY_ALL * len(self._numbers):
@@ -206,7 +210,7 @@ class IvfStore:
 
     def _order(self, queries: Embeddings) -> NDArray[np.int64]:
         """The lists (queries, lists), the most promising first."""
-        return np.argsort(-(queries @ self._centres.T), axis=1, kind="stable")
+        return np.argsort(-(queries @ self._centres.T), axis=1)
 
     def probes_needed(
         self, query: NDArray[np.float32], owners: NDArray[np.int64], open_lists: Mask | None = None
@@ -284,6 +288,7 @@ class IvfStore:
         order = np.argsort(serials)
         self._serials = serials[order]
         self._list_of = np.repeat(np.arange(lists.nlist, dtype=np.int32), sizes)[order]
+        self._sizes = sizes.astype(np.int64)
         self._numbers = faiss.vector_to_array(loaded.id_map)
 
 

@@ -206,9 +206,11 @@ class FolderStore:
             fault("store.removed")
 
     def stored(self) -> Iterator[str]:
-        for folder in self._root.iterdir():
-            if len(folder.name) == 2:
-                yield from (folder.name + file.name for file in folder.iterdir())
+        # a Path for each takes longer than the list of them
+        for folder in os.listdir(self._root):  # noqa: PTH208
+            if len(folder) == 2:
+                names = os.listdir(self._root / folder)  # noqa: PTH208
+                yield from (folder + name for name in names)
 
     def discard_abandoned(self, older_than_s: Seconds = 3600.0) -> None:
         discard_older(self._incoming, older_than_s)

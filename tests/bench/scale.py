@@ -8,8 +8,7 @@ measuring included), bytes of its snapshot, milliseconds of single questions (th
 catalogue included), the share of the ten best recordings that it finds of those that flat finds, and both
 under filters; then seconds to start from the snapshot, and what two processes share of it. One thread.
 
-Recordings lie around topics of about 200 segments, whose sizes follow Zipf's law; questions are segments seen
-through another modality: cosines with what they ask for are around 0.78.
+Recordings and questions are those of `tests.bench.index.Topics`.
 """
 
 import argparse
@@ -30,17 +29,10 @@ from clasp_core.ivf import IvfStore
 from clasp_core.library import Library
 from clasp_core.scaling import Scaling
 from clasp_core.types import Embeddings
-from clasp_core.vectors import Kind
-from tests.core.doubles import store_ready, unit
+from tests.bench.index import KINDS, LIMIT, MODEL, filled
+from tests.core.doubles import unit
 
-MODEL = "bench"
-SEGMENTS_EACH = 10
-LATENT = 64
 QUESTIONS = 200
-LIMIT = 10
-AT_ONCE = 2000
-"""Recordings written in one transaction."""
-KINDS: tuple[Kind, ...] = ("flat", "half", "ivf")
 
 
 def main() -> None:
@@ -60,7 +52,10 @@ def main() -> None:
 
 def measure(folder: Path, count: int, dim: int) -> None:
     began = time.perf_counter()
-    questions, topics = fill(folder, count, dim)
+    made, vectors = filled(folder, count, dim)
+    chosen = np.random.default_rng(1).choice(count, QUESTIONS, replace=False)
+    questions, topics = made.asking_for(vectors[chosen]), made.topics
+    del vectors
     print(f"{count:,} x {dim}, written in {time.perf_counter() - began:.0f} s\n", flush=True)
     chance = np.random.default_rng(3)
     keys = np.arange(1, len(topics) + 1)
@@ -113,33 +108,6 @@ def asked(
         milliseconds.append(1000 * (time.perf_counter() - began))
         found.append({match.recording for match in matches})
     return found, milliseconds
-
-
-def fill(folder: Path, count: int, dim: int) -> tuple[Embeddings, NDArray[np.int64]]:
-    """Write a catalogue; questions for it, and each recording's topic."""
-    chance = np.random.default_rng(0)
-    recordings = count // SEGMENTS_EACH
-    centres = chance.standard_normal((max(2, count // 200), LATENT)).astype(np.float32)
-    shares = 1 / np.arange(1, len(centres) + 1) ** 0.8
-    topics = chance.choice(len(centres), recordings, p=shares / shares.sum())
-    lift = np.linalg.qr(chance.standard_normal((dim, LATENT)))[0].T.astype(np.float32)
-    asked_of = set(chance.choice(recordings, QUESTIONS, replace=False).tolist())
-    questions = []
-    with closing(Library(folder, model=MODEL, dim=dim, scaling=Scaling(kind="flat"))) as library:
-        for start in range(0, recordings, AT_ONCE):
-            some = topics[start : start + AT_ONCE]
-            latent = np.repeat(centres[some], SEGMENTS_EACH, axis=0)
-            latent += 0.55 * chance.standard_normal(latent.shape).astype(np.float32)
-            noise = chance.standard_normal((len(latent), dim)).astype(np.float32) / np.sqrt(dim)
-            vectors = unit(unit(latent) @ lift + 0.35 * noise)
-            parts = vectors.reshape(len(some), SEGMENTS_EACH, dim)
-            store_ready(library.catalog, MODEL, {start + 1 + row: part for row, part in enumerate(parts)})
-            questions += [
-                vectors[SEGMENTS_EACH * (k - start)] for k in asked_of if start <= k < start + AT_ONCE
-            ]
-        library.catalog.database.check()
-    aside = unit(chance.standard_normal((len(questions), dim)))
-    return unit(np.stack(questions) + 0.8 * aside), topics
 
 
 def starts(folder: Path, dim: int) -> Iterator[str]:

@@ -20,12 +20,42 @@ from clasp_core.errors import IndexUnavailable
 from clasp_core.index import VectorIndex
 from clasp_core.library import Library, Question
 from clasp_core.types import Embeddings
-from clasp_core.vectors import DEEPEST, FaissStore, MirroredStore, OwnerThread, TorchStore, store_for
+from clasp_core.vectors import (
+    DEEPEST,
+    FaissStore,
+    HalfStore,
+    MirroredStore,
+    OwnerThread,
+    TorchStore,
+    store_for,
+)
 from tests.core.doubles import DIM, MODEL, add, random_vectors, unit
 from tests.core.stores import EVERY_STORE, IN_MAIN_MEMORY, FlatIndexWithAGpusManners, store_named
 from tests.core.test_index import Told, changes, check_matches, filled
 
 # --- agreement
+
+
+@pytest.mark.parametrize("new_store", [FaissStore, HalfStore])
+def test_a_batch_finds_what_each_of_its_questions_finds_alone(new_store: type[FaissStore]) -> None:
+    """Batches are multiplied by blocks where FAISS would go through everything once a question, and of many
+    blocks the best are kept. What is found must not depend on who else asks at the moment."""
+    store, vectors = new_store(32), clustered(1, 70_000, 32)
+    for part in np.split(np.arange(70_000), 7):  # which moves them in memory
+        store.add(part, vectors[part])
+    gone = np.random.default_rng(2).random(70_000) < 0.01
+    store.remove(gone)
+    np.testing.assert_allclose(store.rows(np.arange(len(store.numbers))), vectors[~gone], atol=1e-3)
+    queries = clustered(3, 100, 32)
+    chance = np.random.default_rng(4).random(len(store.numbers))
+    for among in (None, chance < 0.4, chance < 0.001):
+        scores, places = store.nearest(queries, 40, among)
+        assert among is None or among[places].all()
+        for query, found, where in zip(queries[:20], scores, places, strict=False):
+            alone, _ = store.nearest(query[None], 40, among)
+            np.testing.assert_allclose(found, alone[0], atol=1e-6)
+            np.testing.assert_allclose(store.rows(where) @ query, found, atol=1e-6)
+            assert len(set(where.tolist())) == 40
 
 
 def clustered(seed: int, count: int, dim: int) -> Embeddings:
