@@ -1,8 +1,8 @@
 """The networks of `mini` on a CPU: as they serve, and by other engines and in other precisions.
 
-On segments of the bundled samples, short and long, one at a time, on as many threads as torch has. Each engine's row tells
-the least cosine of its output with that of torch in float32; what falls below 0.999 is no choice. ONNX Runtime's
-rows need the extra `bench`, CTranslate2's the extra `transcription`.
+On segments of the bundled samples, short and long, one at a time, on one thread. Each engine's row tells the
+least cosine of its output with that of torch in float32. ONNX Runtime's rows need the extra `bench`,
+CTranslate2's the extra `transcription`.
 """
 
 import copy
@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy as np
+import openvino
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,9 +25,9 @@ from clasp_core.encoders.compiled import Compiled
 from clasp_core.encoders.e5 import E5_SMALL, E5Encoder
 from clasp_core.encoders.whisper import MELS, WHISPER_BASE_HALVES, LogMel, Mel, WhisperEncoder
 from clasp_core.ingest import recording_segments
-from clasp_core.mini import SpeechBackbone, load_fusion
+from clasp_core.mini import MiniSpeechEncoder, SpeechBackbone, load_fusion
 from clasp_core.models import MiniModel, open_model
-from tests.bench.measuring import ROOT, Result, Row, absent, in_turn, seconds
+from tests.bench.measuring import ROOT, ROUNDS, Result, Row, absent, in_turn, seconds
 
 PART = "encoders"
 _Values: TypeAlias = NDArray[np.float32]
@@ -34,6 +36,7 @@ BATCH = 32
 
 
 def measure(full: bool) -> Iterator[Result]:
+    torch.set_num_threads(1)
     waveforms = segments()
     spoken_s = sum(map(len, waveforms)) / 16_000
     mini = open_model("mini")
@@ -53,6 +56,7 @@ def measure(full: bool) -> Iterator[Result]:
         {"torch, float32": f"least cosine {cosine:.4f}"},
         3600 / spoken_s,
     )
+    yield from shares(mini, waveforms, 3600 / spoken_s)
     yield from whisper(waveforms, 3600 / spoken_s)
     yield from questions(mini)
 
@@ -85,6 +89,51 @@ def rows(
                 theirs=theirs,
                 note=notes.get(name, ""),
             )
+
+
+NETWORKS = {
+    "Whisper's encoder": "backbone.whisper",
+    "EfficientNet": "backbone.efficientnet",
+    "Whisper's decoder, for the languages": "backbone.decoder",
+    "Whisper's decoder, for the words": "fusion.decoder",
+    "words to meanings": "fusion/",
+    "E5's layers": "fusion.reader",
+}
+"""By what the names of their nodes hold."""
+
+
+def shares(mini: MiniModel, waveforms: Sequence[_Values], scale: float) -> Iterator[Row]:
+    """What of a compiled network's time is whose, as its own counters tell."""
+    compile_model = openvino.Core.compile_model
+
+    def counting(self: openvino.Core, model: Any, device: str, config: dict[str, Any]) -> Any:
+        return compile_model(self, model, device, config | {"PERF_COUNT": True})
+
+    with mock.patch.object(openvino.Core, "compile_model", counting):
+        encoder = mini.speech_encoder()
+    assert isinstance(encoder, MiniSpeechEncoder)
+    encoder.encode(waveforms)
+    spent: dict[str, list[float]] = {name: [] for name in (*NETWORKS, "the rest")}
+    for _ in range(ROUNDS):
+        now = dict.fromkeys(spent, 0.0)
+        for waveform in waveforms:
+            encoder.encode([waveform])
+            for node in encoder._alone._request.profiling_info:  # type: ignore[union-attr]
+                names = [name for name, part in NETWORKS.items() if part in node.node_name]
+                now[names[0] if names else "the rest"] += scale * node.real_time.total_seconds()
+        for name, value in now.items():
+            spent[name].append(value)
+    every = [sum(values) for values in zip(*spent.values(), strict=True)]
+    for name, values in spent.items():
+        yield Row(
+            part=PART,
+            what=f"of a segment: {name}",
+            unit="s",
+            better="lower",
+            ours=values,
+            limit="all networks, s of computing for an hour of speech",
+            limits=every,
+        )
 
 
 class _Encoder(nn.Module):
