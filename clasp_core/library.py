@@ -375,7 +375,10 @@ class Library:
             _shown(matches, question, recordings) for matches, question in zip(found, questions, strict=True)
         ]
         named = {
-            (match.recording, ordinal) for matches in shown for match in matches for ordinal, _ in match.segments
+            (match.recording, ordinal)
+            for matches in shown
+            for match in matches
+            for ordinal, _ in match.segments
         }
         spans = self.catalog.spans(list(named), model=self.model)
         return [
@@ -540,9 +543,7 @@ class Library:
             self._saved = point
 
 
-def _shown(
-    matches: Sequence[Match], question: Question, recordings: Mapping[int, Recording]
-) -> list[Match]:
+def _shown(matches: Sequence[Match], question: Question, recordings: Mapping[int, Recording]) -> list[Match]:
     """Those that answer the question, best first: of recordings that are still there."""
     kept = [
         match
