@@ -60,7 +60,7 @@ def measure(full: bool) -> Iterator[Result]:
         bare = _Bare(service, asked)
         yield bare.batching()
         requests = {"ours": (service.port, [_search(text) for text in asked])} | rivals
-        length = 10.0 if full else 2.5
+        length = 10.0 if full else 3.0
         runs = _Runs(requests, length)
         with _ingesting(service) as at_work:
             for number in range(ROUNDS):
@@ -74,8 +74,8 @@ def measure(full: bool) -> Iterator[Result]:
                         runs.closed(clients, "ours", "ingest")
                         runs.opened(clients, "ours", "ingest")
                 print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
-    yield from _rows(runs, bare, list(rivals), under_ingest)
-    yield from _curves(runs, bare, list(rivals), under_ingest)
+        yield from _rows(runs, bare, list(rivals), under_ingest)
+        yield from _curves(runs, bare, list(rivals), under_ingest)
 
 
 def questions() -> list[str]:
