@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow test-scaled check dist wheel-check audit bench golden docs train clean
+.PHONY: help demo serve test test-slow test-scaled check dist wheel-check audit bench infinity golden docs train clean
 
 help:
 	@sed -n '2,7s/^# *//p' Makefile
@@ -93,9 +93,20 @@ $(VENV)/audit/bin/pip-audit:
 	$(VENV)/audit/bin/python -m pip --disable-pip-version-check install --quiet 'pip-audit>=2.10,<3'
 
 bench: $(VENV)/bench
+	-$(MAKE) infinity
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.capacity
 	$(BIN)/python -m tests.picture_gate
+
+# A rival that wants other versions of what we stand on. Where it cannot be installed, its rows are left out.
+infinity: $(VENV)/infinity/installed
+
+$(VENV)/infinity/installed: tests/bench/infinity.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)/infinity
+	$(VENV)/infinity/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(CLASP_TORCH_INDEX),--index-url $(CLASP_TORCH_INDEX),) $$(grep '^torch==' constraints.txt)
+	$(VENV)/infinity/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
 
 golden: $(VENV)/dev
 	$(BIN)/python -m tests.golden.make

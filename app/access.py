@@ -5,6 +5,7 @@ such an address among it, and keeps it to its rate. Endpoints then say by `Reade
 what they need. A key stands in a header or, where a browser asks for our own page, in a cookie.
 """
 
+import asyncio
 import math
 from collections.abc import Callable
 from typing import Annotated
@@ -33,15 +34,16 @@ COOKIE = "clasp_key"
 REMEMBERED_S: Seconds = 30 * 86_400.0
 """How long a browser keeps the cookie that it was to remember; else until it is closed."""
 _SESSION = "/session"
-_AT_ONCE = 4
 
 
 class Gate:
     """Where keys are judged and kept to their rates, the same however they were presented."""
 
     def __init__(self, keys: Callable[[], Keys]) -> None:
-        """`keys` is asked for each request: a service may exchange its library."""
+        """`keys` is asked for each look-up: a service may exchange its library."""
         self._keys = keys
+        self._waiting: list[tuple[str, asyncio.Future[Grant | None]]] = []
+        self._looking: asyncio.Task[None] | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._pace = Pace()
 
@@ -50,10 +52,7 @@ class Gate:
 
         HttpError `unauthorized` or `rate_limited`.
         """
-        if self._limiter is None:
-            # threads of our own: where all others wait for a long recording, a question does not
-            self._limiter = anyio.CapacityLimiter(_AT_ONCE)
-        grant = await anyio.to_thread.run_sync(self._keys().authenticate, given, limiter=self._limiter)
+        grant = self._keys().authenticate_fixed(given) or await self._looked_up(given)
         if grant is None:
             raise HttpError("unauthorized", "An API key is needed.", {"WWW-Authenticate": "Bearer"})
         scope["grant"] = grant
@@ -62,6 +61,35 @@ class Gate:
             if wait_s > 0:
                 raise _too_many(grant.rate, wait_s)
         return grant
+
+    async def _looked_up(self, given: str) -> Grant | None:
+        """Who comes while others are looked up is next, with all who came meanwhile: so every look-up begins
+        after whom it is for has come, and a burst of requests costs two of them."""
+        answer: asyncio.Future[Grant | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((given, answer))
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_up())
+        return await answer
+
+    async def _look_up(self) -> None:
+        if self._limiter is None:
+            # a thread of our own: where all others wait for a long recording, a question does not
+            self._limiter = anyio.CapacityLimiter(1)
+        while together := self._waiting:
+            self._waiting = []
+            try:
+                grants = await anyio.to_thread.run_sync(
+                    self._keys().authenticate, [given for given, _ in together], limiter=self._limiter
+                )
+            except Exception as error:  # theirs, each of whom it is told
+                for _, answer in together:
+                    if not answer.done():
+                        answer.set_exception(error)
+            else:
+                for (_, answer), grant in zip(together, grants, strict=True):
+                    if not answer.done():  # else its client has gone
+                        answer.set_result(grant)
+        self._looking = None
 
 
 class Guard:

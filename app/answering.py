@@ -9,8 +9,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,7 +83,8 @@ class _Waiting:
     query: str | NDArray[np.float32]
     question: Question
     made_by: Engine | None
-    answer: "Future[Answer]" = field(default_factory=Future)
+    answer: asyncio.Future[Answer]
+    """Of its asker's event loop, which alone may set it."""
     asked: Seconds = field(default_factory=time.perf_counter)
     stages: tuple[tuple[str, Seconds, Seconds], ...] = ()
     """What the time went to: stage, begin and end."""
@@ -119,12 +120,13 @@ class Answerer:
 
         Raises NotReady where too many questions wait, and EngineChanged where `made_by` no longer answers.
         """
-        waiting = _Waiting(query, question, made_by)
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(query, question, made_by, loop.create_future())
         try:
             self._waiting.put_nowait(waiting)
         except queue.Full:
             raise NotReady("Too many questions are waiting; ask again in a moment.") from None
-        answer = await asyncio.wrap_future(waiting.answer)
+        answer = await waiting.answer
         for stage, began, ended in waiting.stages:  # on the other thread, but part of this request's trace
             record(stage, began, ended)
         return answer
@@ -165,7 +167,7 @@ class Answerer:
                     ending = True
                 else:
                     batch.append(following)
-            if batch := [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]:
+            if batch := [waiting for waiting in batch if not waiting.answer.done()]:
                 with structlog.contextvars.bound_contextvars(request_ids=[one.request_id for one in batch]):
                     self._answer(batch)
             if ending:
@@ -174,9 +176,7 @@ class Answerer:
     def _answer(self, batch: list[_Waiting]) -> None:
         started = time.perf_counter()
         engine = self.engine
-        for waiting in batch:
-            if waiting.made_by not in (None, engine):
-                waiting.answer.set_exception(EngineChanged())
+        _tell([(one, EngineChanged()) for one in batch if one.made_by not in (None, engine)])
         batch = [waiting for waiting in batch if waiting.made_by in (None, engine)]
         if not batch:
             return
@@ -192,14 +192,14 @@ class Answerer:
             encoded = time.perf_counter()
             results = engine.library.search(vectors, [waiting.question for waiting in batch])
         except Exception as error:
-            for waiting in batch:
-                waiting.answer.set_exception(error)
+            _tell([(waiting, error) for waiting in batch])
             return
         searched = time.perf_counter()
         encode_s, search_s = encoded - started, searched - encoded
         self._metrics.search_batch.observe(len(batch))
         self._metrics.search_seconds.labels("encode").observe(encode_s)
         self._metrics.search_seconds.labels("search").observe(search_s)
+        answers: list[tuple[_Waiting, Answer | Exception]] = []
         for waiting, hits in zip(batch, results, strict=True):
             self._metrics.search_wait.observe(started - waiting.asked)
             waiting.stages = (
@@ -207,4 +207,21 @@ class Answerer:
                 ("encode", started, encoded),
                 ("search", encoded, searched),
             )
-            waiting.answer.set_result(Answer(engine.model, hits, encode_s, search_s))
+            answers.append((waiting, Answer(engine.model, hits, encode_s, search_s)))
+        _tell(answers)
+
+
+def _tell(answers: Sequence[tuple[_Waiting, Answer | Exception]]) -> None:
+    """Let those who await these go on, of one event loop all of them: it is woken once for all."""
+
+    def tell() -> None:
+        for waiting, answer in answers:
+            if waiting.answer.done():  # its asker has gone
+                continue
+            if isinstance(answer, Exception):
+                waiting.answer.set_exception(answer)
+            else:
+                waiting.answer.set_result(answer)
+
+    if answers:
+        answers[0][0].answer.get_loop().call_soon_threadsafe(tell)

@@ -137,7 +137,7 @@ def _form(fields: dict[str, Any], other: dict[str, Any] | None = None) -> dict[s
     }
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:  # not async, it would be given a thread each time
     service: Service = request.app.state.service
     return service
 

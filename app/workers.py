@@ -36,6 +36,9 @@ PROGRAM = (sys.executable, "-m", "app.cli")
 READY_LINE = b"ready\n"
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
+NICENESS = 5
+"""Of workers beside a service: where both want a processor, questions get three quarters of it, since
+somebody waits for each. What nobody else wants is the workers' whole."""
 
 
 def work(
@@ -51,6 +54,8 @@ def work(
     """
     import signal
 
+    if supervised:
+        os.nice(NICENESS)  # before there are other threads, which have it from this one
     owner = owner or uuid4().hex
     structlog.contextvars.bind_contextvars(owner=owner)
     start_tracing("worker")

@@ -329,7 +329,7 @@ class Library:
         broken by id, those of segments of one recording by their times.
         """
         index = self.refresh()
-        results: list[list[Hit]] = [[] for _ in questions]
+        found: list[list[Match]] = [[] for _ in questions]
         alike: dict[tuple[Filter, Grouping], list[int]] = {}
         for place, question in enumerate(questions):
             alike.setdefault((question.filter, question.group_by), []).append(place)
@@ -338,9 +338,9 @@ class Library:
             matches = index.search(
                 queries[places], limits, among=self._among(index, wanted), group_by=group_by
             )
-            for place, found in zip(places, matches, strict=True):
-                results[place] = self._hits(found, questions[place])
-        return results
+            for place, some in zip(places, matches, strict=True):
+                found[place] = some
+        return self._hits(found, questions)
 
     def direction(
         self, recording_id: str, *, at_s: Seconds | None = None, within: Set[str] | None = None
@@ -367,39 +367,36 @@ class Library:
         collections = wanted.only_collections() if index.is_shared else None
         return self.catalog.matching(wanted) if collections is None else collections
 
-    def _hits(self, matches: Sequence[Match], question: Question) -> list[Hit]:
-        recordings = self.catalog.by_key([match.recording for match in matches])
-        kept = [
-            match
-            for match in matches
-            if match.recording in recordings
-            and (question.besides is None or match.recording != question.besides.key)
-            and (question.min_score is None or match.score >= question.min_score)
+    def _hits(self, found: Sequence[list[Match]], questions: Sequence[Question]) -> list[list[Hit]]:
+        """What is shown of the matches of each question. The catalogue is asked for all of them together: a
+        statement costs more than the rows that it gives."""
+        recordings = self.catalog.by_key(list({match.recording for matches in found for match in matches}))
+        shown = [
+            _shown(matches, question, recordings) for matches, question in zip(found, questions, strict=True)
         ]
-        kept.sort(
-            key=lambda match: (
-                -match.score,
-                recordings[match.recording].id,
-                match.recording,
-                match.segments[0][0],  # in a recording, segments are numbered as they follow each other
-            )
-        )
-        kept = kept[: question.limit]
-        named = [(match.recording, ordinal) for match in kept for ordinal, _ in match.segments]
-        spans = self.catalog.spans(named, model=self.model)
+        named = {
+            (match.recording, ordinal)
+            for matches in shown
+            for match in matches
+            for ordinal, _ in match.segments
+        }
+        spans = self.catalog.spans(list(named), model=self.model)
         return [
-            Hit(
-                rank=rank,
-                recording=recordings[match.recording],
-                score=match.score,
-                segments=tuple(
-                    SegmentHit(span.start_s, span.end_s, score, span.transcript)
-                    for ordinal, score in match.segments
-                    if (span := spans.get((match.recording, ordinal))) is not None
-                ),
-                among=match.among,
-            )
-            for rank, match in enumerate(kept, 1)
+            [
+                Hit(
+                    rank=rank,
+                    recording=recordings[match.recording],
+                    score=match.score,
+                    segments=tuple(
+                        SegmentHit(span.start_s, span.end_s, score, span.transcript)
+                        for ordinal, score in match.segments
+                        if (span := spans.get((match.recording, ordinal))) is not None
+                    ),
+                    among=match.among,
+                )
+                for rank, match in enumerate(matches, 1)
+            ]
+            for matches in shown
         ]
 
     def refresh(self) -> Index:
@@ -544,6 +541,26 @@ class Library:
             point = index.point
             index.save(self._index_dir)
             self._saved = point
+
+
+def _shown(matches: Sequence[Match], question: Question, recordings: Mapping[int, Recording]) -> list[Match]:
+    """Those that answer the question, best first: of recordings that are still there."""
+    kept = [
+        match
+        for match in matches
+        if match.recording in recordings
+        and (question.besides is None or match.recording != question.besides.key)
+        and (question.min_score is None or match.score >= question.min_score)
+    ]
+    kept.sort(
+        key=lambda match: (
+            -match.score,
+            recordings[match.recording].id,
+            match.recording,
+            match.segments[0][0],  # in a recording, segments are numbered as they follow each other
+        )
+    )
+    return kept[: question.limit]
 
 
 def mean_vector(segments: Sequence[EmbeddedSegment]) -> NDArray[np.float32]:

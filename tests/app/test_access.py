@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_the_first_key_closes_a_running_service(keyed: Keyed) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
     for path in ("/healthz", "/readyz", "/openapi.json", "/docs"):
         assert keyed.service.client.get(path).status_code == 200
+
+
+def test_each_of_many_who_come_at_once_is_who_they_are(keyed: Keyed) -> None:
+    """Keys that are presented at the same time are looked up together; nobody may get another's rights."""
+    names = [*KEYS, None] * 12
+
+    def who(name: str | None) -> str | int:
+        headers = {"X-API-Key": keyed.texts[name] if name else "clasp_" + 12 * "0" + "_" + 64 * "0"}
+        answer = keyed.service.client.get("/session", headers=headers)
+        return answer.json()["name"] if answer.is_success else answer.status_code
+
+    with ThreadPoolExecutor(24) as people:
+        assert list(people.map(who, names)) == [name or 401 for name in names]
 
 
 def test_a_key_opens_in_either_header(keyed: Keyed) -> None:

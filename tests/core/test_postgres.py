@@ -428,7 +428,7 @@ def test_a_backup_holds_it_and_gives_it_back(url: str, tmp_path: Path) -> None:
                 assert library.catalog.last_change() == newest
                 ((best, *_),) = library.search(vectors[:1], [Question()])
                 assert (best.recording.id, best.score) == ("one", pytest.approx(1))
-                grant = Keys(library.catalog).authenticate(secret)
+                (grant,) = Keys(library.catalog).authenticate([secret])
                 assert grant is not None
                 assert grant.collections == {"default"}
                 library.tidy()
