@@ -76,7 +76,11 @@ class Row:
 def _ratios(ours: Sequence[float], others: Sequence[float]) -> list[float]:
     if len(others) == 1:
         others = list(others) * len(ours)
-    return [mine / other for mine, other in zip(ours, others, strict=True)] if others else []
+    return (
+        [mine / other if other else math.inf for mine, other in zip(ours, others, strict=True)]
+        if others
+        else []
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
