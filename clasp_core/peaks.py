@@ -32,8 +32,9 @@ class Peaks:
         """The peaks in [0, 1] of the steps that a span of the recording touches, or of `points` groups of
         them where there are more steps; and the span that they are of, from one step's border to another's.
         """
-        first = min(math.floor(start_s / self.step_s), len(self.levels))
-        last = max(first, min(math.ceil(end_s / self.step_s), len(self.levels)))
+        whole_s = len(self.levels) * self.step_s  # a time far beyond it is no number of steps
+        first = min(math.floor(min(start_s, whole_s) / self.step_s), len(self.levels))
+        last = max(first, min(math.ceil(min(end_s, whole_s) / self.step_s), len(self.levels)))
         levels = self.levels[first:last]
         if len(levels) > points:
             groups = np.linspace(0, len(levels), points, endpoint=False).astype(np.int64)

@@ -9,6 +9,7 @@ own compiler needs a C++ compiler where it serves, and 8-bit activations lose wh
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,7 +59,7 @@ class Compiled:
             parameter.get_node().set_element_type(openvino.Type.f32)
             parameter.get_node().set_partial_shape(openvino.PartialShape(list(shape)))
         model.validate_nodes_and_infer_types()
-        core = openvino.Core()
+        core = _core()
         exact = "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         compiled = core.compile_model(
             model,
@@ -83,3 +84,10 @@ class Compiled:
     def __call__(self, *inputs: _Values) -> _Values:
         results = self._request.infer([np.ascontiguousarray(values, np.float32) for values in inputs])
         return np.array(results[0], np.float32)
+
+
+@cache
+def _core() -> Any:  # noqa: ANN401 - OpenVINO has no types
+    """One for all, and for good: its CPU plugin gives the thread that makes it another stack for signals, and
+    takes that stack's memory away when it goes; the next signal would then end the process."""
+    return openvino.Core()

@@ -13,7 +13,19 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.bench.measuring import OUT, ROOT, WORSE, Curve, Result, Row, changes, document, read, table
+from tests.bench.measuring import (
+    OUT,
+    ROOT,
+    WORSE,
+    Curve,
+    Result,
+    Row,
+    changes,
+    document,
+    read,
+    table,
+    targets,
+)
 
 KEPT = ROOT / "docs" / "measured"
 PARTS = ("encoders", "ingest", "query", "index", "growth", "paper")
@@ -61,6 +73,8 @@ def write(out: Path, results: list[Result]) -> None:
     (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
     text = f"# Measured\n\n`make bench` on {found['machine']}, {found['cores']} cores; {packages}.\n"
+    if aimed := [one for one in results if isinstance(one, Row) and one.target is not None]:
+        text += f"\n## Targets\n\n{targets(aimed)}"
     for part in PARTS:
         rows = [one for one in results if isinstance(one, Row) and one.part == part]
         curves = [one for one in results if isinstance(one, Curve) and one.part == part]

@@ -191,6 +191,17 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def targets(rows: Sequence[Row]) -> str:
+    """Markdown: what was aimed at, and what came of it."""
+    lines = ["| what | against | ours / theirs | target | |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        bound = "at most" if row.better == "lower" else "at least"
+        ratio = _middle(row.ratios, spread=True)
+        met = "met" if row.met else "**missed**"
+        lines.append(f"| {row.what} | {row.against} | {ratio} | {bound} {row.target:g} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
 def _middle(values: Sequence[float], *, spread: bool = False) -> str:
     if not values:
         return ""

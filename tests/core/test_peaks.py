@@ -38,6 +38,7 @@ def test_hours_take_no_more_than_an_hour() -> None:
     found = meter.peaks()
     assert (found.step_s, len(found.levels)) == (4 * STEP_S, 45_000)
     assert len(found.levels) <= MOST
+    assert found.between(7e307, 1e308, 4)[2].size == 0, "a time that is no number of steps is beyond the end"
     start_s, end_s, values = found.between(148 * 60, 150 * 60, 4)
     assert (start_s, end_s) == (148 * 60, 150 * 60)
     assert values == pytest.approx([0.25, 0.25, 1, 1], abs=0.01)
