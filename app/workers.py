@@ -36,9 +36,9 @@ PROGRAM = (sys.executable, "-m", "app.cli")
 READY_LINE = b"ready\n"
 STOP_WITHIN_S: Seconds = 8.0
 LONGEST_PAUSE_S: Seconds = 30.0
-NICENESS = 5
-"""Of workers beside a service: where both want a processor, questions get three quarters of it, since
-somebody waits for each. What nobody else wants is the workers' whole."""
+NICENESS = 10
+"""Of workers beside a service: where both want a processor, questions get nine tenths of it, since somebody
+waits for each. What nobody else wants is the workers' whole."""
 
 
 def work(

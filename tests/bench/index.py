@@ -77,6 +77,7 @@ STARTS = 5
 
 
 def measure(full: bool) -> Iterator[Result]:
+    yield from starts(full)
     lines: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     sizes = [*SIZES, *((count, CURVE_DIM) for count in CURVE_SIZES), *(MORE_SIZES if full else [])]
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
@@ -110,7 +111,6 @@ def measure(full: bool) -> Iterator[Result]:
         " least, which for `half` and `ivf` includes reading the catalogue. `ivf` has 4 x sqrt(n) lists, and"
         " looks at those of them that recall needs.",
     )
-    yield from starts(full)
 
 
 # --- the vectors

@@ -41,8 +41,8 @@ THREADS = max(1, (os.cpu_count() or 1) // 2)
 MAX_DURATION_S = 6 * 3600.0
 SHORT = 8
 """Messages of some seconds; `full` takes all of the samples."""
-CUTS_S = ((60, 100),)
-"""Of the one long sample: a recording of its own."""
+CUTS_S = ((20, 60), (60, 110), (110, 170))
+"""Of the one long sample: recordings of their own."""
 TOGETHER_CURVE = (1, 2, 4, 8, 16, 32)
 LENGTHS_CURVE: tuple[Seconds, ...] = (1, 2, 4, 8, 15)
 EMBEDDING = "embedding by mini"

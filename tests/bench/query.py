@@ -60,7 +60,7 @@ def measure(full: bool) -> Iterator[Result]:
         bare = _Bare(service, asked)
         yield bare.batching()
         requests = {"ours": (service.port, [_search(text) for text in asked])} | rivals
-        length = 10.0 if full else 3.0
+        length = 10.0 if full else 2.5
         runs = _Runs(requests, length)
         with _ingesting(service) as at_work:
             for number in range(ROUNDS):

