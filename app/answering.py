@@ -42,10 +42,12 @@ class Engine:
         answer: then questions say so, until it does."""
         self.model = model
         self.library = library
-        self.text_encoder = model.text_encoder()
-        self.text_encoder.encode(["warm-up"])
-        with suppress(IndexUnavailable):
-            library.refresh()
+        with ThreadPoolExecutor(1) as aside:
+            current = aside.submit(library.refresh)
+            self.text_encoder = model.text_encoder()
+            self.text_encoder.encode(["warm-up"])
+            with suppress(IndexUnavailable):
+                current.result()
 
     def embed_recording(
         self, path: Path, lang: str | None, given_up: Callable[[], bool]

@@ -4,6 +4,7 @@ import math
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -60,8 +61,10 @@ class Service:
         start_tracing("api")
         model, library = open_configured_library(settings)
         library.observe_refresh = self.metrics.observe_refresh
-        library.tidy()
-        self.answerer = Answerer(Engine(model, library), self.metrics)
+        with ThreadPoolExecutor(1) as aside:  # mostly SQLite at work, while Python loads the text encoder
+            tidied = aside.submit(library.tidy)
+            self.answerer = Answerer(Engine(model, library), self.metrics)
+            tidied.result()
         self.metrics.observe_model(model.name, model.fingerprint)
         try:
             calibration_of(model)

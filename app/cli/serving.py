@@ -24,9 +24,11 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind to.", min=0, max=65535)] = None,
 ) -> None:
+    import gc
     import signal
     import socket
 
+    gc.disable()  # what is loaded from here on stays: no look for garbage among it, now or ever
     from app.main import Server, create_app
     from app.telemetry import configure_logging
 
@@ -53,6 +55,8 @@ def serve(
     except OSError as error:
         fail(f"cannot listen on {address[0]} port {address[1]}: {error.strerror or error}")
     _allow_descriptors(2 * settings.max_connections + 512)
+    gc.freeze()
+    gc.enable()
     Server(app, settings).run([listening])
 
 

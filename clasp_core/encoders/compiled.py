@@ -50,7 +50,8 @@ class Compiled:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what depends on values, and torch.jit's age
             expected: Tensor = module(*example)
-            traced = torch.jit.trace(module, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
+            # as a function: weights as constants, and no copy of the module for each of its parts
+            traced = torch.jit.trace(lambda *inputs: module(*inputs), tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
             decoder: Any = TorchScriptPythonDecoder(traced, skip_freeze=True)
         # not openvino.convert_model, which reports its use to its makers
         frontend = FrontEndManager().load_by_framework("pytorch")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -42,7 +43,7 @@ from clasp_core.types import Embeddings
 from clasp_core.vectors import Kind, StoreMaker, store_for
 from tests.bench.measuring import Curve, Result, Row, in_turn, seconds
 from tests.core.doubles import store_ready, unit
-from tests.service import RunningService
+from tests.service import RunningService, eventually
 
 PART = "index"
 MODEL = "bench"
@@ -724,11 +725,19 @@ def first_start(service: RunningService, data_dir: Path, *, snapshot: bool) -> f
     if not snapshot:
         shutil.rmtree(data_dir / "index", ignore_errors=True)
     began = time.perf_counter()
-    service.start()
-    service.found("where does the train leave from")
+    service.start(wait=False)
+    eventually(lambda: answers(service), within_s=60)
     took = time.perf_counter() - began
+    service.wait_until_ready()  # its workers, too: they are not to be there while the next one starts
     service.stop()
     return took
+
+
+def answers(service: RunningService) -> bool:
+    try:
+        return service.client.get("/search", params={"q": "where does the train leave from"}).is_success
+    except httpx.TransportError:
+        return False
 
 
 def read_all(data_dir: Path) -> None:
