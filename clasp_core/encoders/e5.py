@@ -171,12 +171,16 @@ class E5Encoder(nn.Module):
         ids = [encoding.ids for encoding in encodings]
         device = self.words.scales.device
         vectors = torch.empty(len(ids), DIM, device=device)
-        for places in batches([len(some) for some in ids], PIECES_TOGETHER, equal=True):
-            words = self.words(torch.tensor([ids[place] for place in places], device=device))
-            if isinstance(self._reader, Compiled):
-                vectors[places] = torch.from_numpy(self._reader(words.numpy()))
-            else:
-                vectors[places] = self._reader(words)
+        alike = list(batches([len(some) for some in ids], PIECES_TOGETHER, equal=True))
+        words = (
+            self.words(torch.tensor([ids[place] for place in places], device=device)) for places in alike
+        )
+        if isinstance(self._reader, Compiled):
+            read = map(torch.from_numpy, self._reader.each([some.numpy()] for some in words))
+        else:
+            read = map(self._reader, words)
+        for places, some in zip(alike, read, strict=True):
+            vectors[places] = some
         return vectors
 
     def prepared(self, text: str) -> str:
