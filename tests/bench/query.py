@@ -188,10 +188,11 @@ class _Runs:
             self.throughput[name, meanwhile, clients].append(seen)
 
     def opened(self, clients: int, who: str | None = None, meanwhile: str = "idle") -> None:
-        """At half of what the slowest of all answered in the first round, so that nobody's queue grows."""
+        """At half of what the slowest of all that answered anything did in the first round, so that nobody's
+        queue grows."""
         if clients not in self._rates:
             first = [self.throughput[name, "idle", clients][0].per_second for name in self._requests]
-            self._rates[clients] = min(first) / 2
+            self._rates[clients] = min(filter(None, first)) / 2
         for name, (port, requests) in self._chosen(who):
             seen = ask(port, requests, clients=clients, seconds=self._length, rate=self._rates[clients])
             self.latency[name, meanwhile, clients].append(seen)
