@@ -130,7 +130,7 @@ def measure(full: bool) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         models_dir = Path(folder)
         make_checkpoints(models_dir, small=False)
-        yield from compared(models_dir, torch.device("cpu"), clips=2, rounds=3)
+        yield from compared(models_dir, torch.device("cpu"), clips=2)
         if torch.cuda.is_available():
             yield from compared(models_dir, torch.device("cuda"), clips=64)
         else:
