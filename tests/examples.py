@@ -115,6 +115,8 @@ def judge(command: str) -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
     for module, options in re.findall(r"python -m (tests\.\w+)((?:\\\n|[^\n#])*)", command):
         spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations:
+            spec = importlib.util.find_spec(f"{module}.__main__")
         assert spec is not None, module
         assert spec.origin is not None
         source = Path(spec.origin).read_text()

@@ -42,10 +42,10 @@ class Compiled:
     """
 
     def __init__(self, module: nn.Module, example: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
-        """`module`, of parameters without gradients, takes float32 tensors like the `example`s, of these
-        `shapes`, in which -1 is any length; what it does may depend on lengths only by way of tensors'
-        shapes. It is not needed afterwards. The batch is best left open even where it is one: OpenVINO
-        2026.4 in bfloat16 writes over a residual stream that begins with a constant.
+        """`module` takes float32 tensors like the `example`s, of these `shapes`, in which -1 is any length;
+        what it does may depend on lengths only by way of tensors' shapes. It is not needed afterwards.
+        The batch is best left open even where it is one: OpenVINO 2026.4 in bfloat16 writes over a residual
+        stream that begins with a constant.
 
         Raises ModelUnavailable where this processor's result is not the module's.
         """
@@ -53,7 +53,9 @@ class Compiled:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what depends on values, and torch.jit's age
             expected: Tensor = module(*example)
-            decoder: Any = TorchScriptPythonDecoder(traced(module, example), skip_freeze=True)
+            # not as a function, which is quicker: torch keeps those, and their weights, for good
+            traced = torch.jit.trace(module, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
+            decoder: Any = TorchScriptPythonDecoder(traced, skip_freeze=True)
         # not openvino.convert_model, which reports its use to its makers
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
@@ -96,11 +98,6 @@ class Compiled:
             for request in self._requests[: len(some)]:
                 request.wait()
                 yield np.array(request.get_output_tensor().data, np.float32)
-
-
-def traced(module: nn.Module, example: Sequence[Tensor]) -> Any:  # noqa: ANN401 - torch.jit has no types
-    """As a function, whose weights are constants: a traced module is copied, part by part, in a second."""
-    return torch.jit.trace(lambda *inputs: module(*inputs), tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
 
 
 @cache
